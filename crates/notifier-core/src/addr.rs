@@ -196,9 +196,7 @@ impl<A: Address> AddrRange<A> {
         match start.cmp(&end) {
             core::cmp::Ordering::Less => Ok(Self { start, end }),
             core::cmp::Ordering::Equal => Err(RangeError::Empty { start: start.as_u64() }),
-            core::cmp::Ordering::Greater => {
-                Err(RangeError::Reversed { start: start.as_u64(), end: end.as_u64() })
-            }
+            core::cmp::Ordering::Greater => Err(RangeError::Reversed { start: start.as_u64(), end: end.as_u64() }),
         }
     }
 
@@ -210,10 +208,7 @@ impl<A: Address> AddrRange<A> {
         if len == 0 {
             return Err(RangeError::Empty { start: start.as_u64() });
         }
-        let end = start
-            .as_u64()
-            .checked_add(len)
-            .ok_or(RangeError::Wraps { start: start.as_u64(), len })?;
+        let end = start.as_u64().checked_add(len).ok_or(RangeError::Wraps { start: start.as_u64(), len })?;
         Ok(Self { start, end: A::from_u64(end) })
     }
 

@@ -1,0 +1,401 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The one place that knows which world this is compiled for: std, no_std, or the loom model checker.
+//!
+//! Everything in this workspace that two threads touch goes through here, so that what is model-checked is the shipped
+//! code. Not a public API: other crates of the workspace use it, nobody else should.
+//!
+//! - Atomics and fences: `core`'s, or loom's.
+//! - [`Mutex`], [`Condvar`]: parking_lot's; without std a spin lock and a spinning wait; under loom loom's.
+//! - [`Snapshot`]: arc-swap's; without std a spin lock around an `Arc`; under loom an index with acquire and release
+//!   ordering and nothing stronger, which is all that arc-swap promises.
+//! - [`broken`]: under loom, names one thing that the shipped code then leaves out. A model is believed only when its
+//!   twin with that thing left out is refuted. Outside loom it is a constant `false`.
+
+use alloc::sync::Arc;
+
+#[cfg(not(loom))]
+pub use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+#[cfg(loom)]
+pub use loom::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+
+/// What a broken twin of a model leaves out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Twin {
+    /// Nothing: the shipped code.
+    None = 0,
+    /// The fence between a fault's publishing of its range and its look at the open windows.
+    PublishFence,
+    /// The fence between a window's record and its look at the faults.
+    RecordFence,
+    /// The fence between poisoning faults and walking the tables.
+    PoisonFence,
+    /// The fence between claiming an entry and reading one's own poison.
+    ClaimFence,
+    /// A window poisons no faults.
+    Poison,
+    /// A Retained window strips only the write bit and leaves the upgrade bit.
+    RetainKeepsUpgrade,
+    /// change_pte takes a claimed entry for an absent one.
+    ChangeSkipsClaim,
+    /// A closing window lowers the count before it moves the sequence.
+    CountFirst,
+    /// A whole leaf table is published with a check of its first page only.
+    CheckFirstPageOnly,
+    /// An unlink frees the table without exchanging its entries to DEAD.
+    UnlinkLeavesChildren,
+    /// Opening a window flushes only what it removed itself.
+    OwedForgotten,
+    /// The fence between entering a scope and the first walk.
+    ScopeFence,
+    /// A flush does not wait for scopes.
+    FlushSkipsScopes,
+    /// A zap does not wait for claims.
+    ZapSkipsClaim,
+}
+
+#[cfg(loom)]
+std::thread_local! {
+    static BROKEN: std::cell::Cell<u8> = const { std::cell::Cell::new(0) };
+}
+
+/// Whether the running model is the twin that leaves `what` out.
+#[cfg(loom)]
+pub fn broken(what: Twin) -> bool {
+    BROKEN.with(|b| b.get() == what as u8)
+}
+
+/// Whether the running model is the twin that leaves `what` out: never, outside loom.
+#[cfg(not(loom))]
+#[inline(always)]
+pub const fn broken(_what: Twin) -> bool {
+    false
+}
+
+/// Chooses what this thread's models leave out from now on.
+#[cfg(loom)]
+pub fn set_broken(what: Twin) {
+    BROKEN.with(|b| b.set(what as u8));
+}
+
+/// A fence that a model's twin may leave out.
+#[inline(always)]
+pub fn fence_unless(twin: Twin, order: Ordering) {
+    if !broken(twin) {
+        fence(order);
+    }
+}
+
+/// A number that two running threads never share; 0 where that cannot be known.
+#[cfg(all(feature = "std", not(loom)))]
+pub fn context() -> usize {
+    std::thread_local! {
+        static MARK: u8 = const { 0 };
+    }
+    MARK.with(|mark| core::ptr::from_ref(mark) as usize)
+}
+
+/// A number that two running threads never share; 0 where that cannot be known.
+#[cfg(any(not(feature = "std"), loom))]
+pub fn context() -> usize {
+    0
+}
+
+/// Waits for another thread's next step: spins a little, then gives the processor away.
+#[derive(Debug, Default)]
+pub struct Backoff {
+    #[cfg_attr(loom, expect(dead_code, reason = "loom schedules by itself"))]
+    round: u32,
+}
+
+impl Backoff {
+    /// Nothing waited yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// One step of waiting.
+    pub fn snooze(&mut self) {
+        #[cfg(loom)]
+        loom::thread::yield_now();
+        #[cfg(all(feature = "std", not(loom)))]
+        {
+            // A claim is held for nanoseconds and a scope for microseconds, but their holder may have lost its
+            // processor: after a short spin, let it run; after many turns, stop burning the processor altogether.
+            match self.round {
+                0..6 => (0..1 << self.round).for_each(|_| core::hint::spin_loop()),
+                6..1024 => std::thread::yield_now(),
+                _ => std::thread::sleep(core::time::Duration::from_micros(50)),
+            }
+            self.round += 1;
+        }
+        #[cfg(all(not(feature = "std"), not(loom)))]
+        {
+            self.round = self.round.saturating_add(1);
+            (0..1u32 << self.round.min(8)).for_each(|_| core::hint::spin_loop());
+        }
+    }
+}
+
+// ---- locks -------------------------------------------------------------------------------------------------------
+
+#[cfg(all(feature = "std", not(loom)))]
+mod lock {
+    pub(super) use parking_lot::{Condvar, Mutex, MutexGuard};
+}
+#[cfg(loom)]
+mod lock {
+    pub(super) use loom::sync::{Condvar, Mutex, MutexGuard};
+}
+#[cfg(all(not(feature = "std"), not(loom)))]
+mod lock {
+    pub(super) use spin::{Mutex, MutexGuard};
+}
+
+/// A mutual exclusion lock without poisoning.
+#[derive(Debug, Default)]
+pub struct Mutex<T>(lock::Mutex<T>);
+
+/// Holds a [`Mutex`].
+pub type MutexGuard<'a, T> = lock::MutexGuard<'a, T>;
+
+impl<T> Mutex<T> {
+    /// A lock around `value`.
+    pub fn new(value: T) -> Self {
+        Self(lock::Mutex::new(value))
+    }
+
+    /// Waits for the lock.
+    pub fn lock(&self) -> MutexGuard<'_, T> {
+        #[cfg(not(loom))]
+        return self.0.lock();
+        #[cfg(loom)]
+        return self.0.lock().unwrap();
+    }
+}
+
+/// Waits for a condition under a [`Mutex`].
+#[derive(Debug, Default)]
+pub struct Condvar {
+    #[cfg(any(feature = "std", loom))]
+    inner: lock::Condvar,
+}
+
+impl Condvar {
+    /// A condition that nobody waits for yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Gives the lock away until somebody notifies (or for no reason), and takes it again.
+    #[cfg(all(feature = "std", not(loom)))]
+    pub fn wait<'a, T>(&self, _mutex: &'a Mutex<T>, mut guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        self.inner.wait(&mut guard);
+        guard
+    }
+
+    /// Gives the lock away until somebody notifies (or for no reason), and takes it again.
+    #[cfg(loom)]
+    pub fn wait<'a, T>(&self, _mutex: &'a Mutex<T>, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        self.inner.wait(guard).unwrap()
+    }
+
+    /// Gives the lock away for a moment and takes it again: without std there is nothing to sleep on.
+    #[cfg(all(not(feature = "std"), not(loom)))]
+    pub fn wait<'a, T>(&self, mutex: &'a Mutex<T>, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        drop(guard);
+        Backoff::new().snooze();
+        mutex.lock()
+    }
+
+    /// As [`Condvar::wait`], but no longer than until `deadline`; `false` when that has passed.
+    #[cfg(all(feature = "std", not(loom)))]
+    pub fn wait_until<'a, T>(
+        &self,
+        mut guard: MutexGuard<'a, T>,
+        deadline: std::time::Instant,
+    ) -> (MutexGuard<'a, T>, bool) {
+        let timed_out = self.inner.wait_until(&mut guard, deadline).timed_out();
+        (guard, !timed_out)
+    }
+
+    /// Wakes all who wait.
+    pub fn notify_all(&self) {
+        #[cfg(any(feature = "std", loom))]
+        self.inner.notify_all();
+    }
+}
+
+// ---- snapshots -----------------------------------------------------------------------------------------------------
+
+/// A value that is read whole and replaced whole.
+///
+/// [`Snapshot::load`] is an acquire load, [`Snapshot::store`] a release store; nothing more may be relied on. Stores are
+/// serialised by the caller.
+pub struct Snapshot<T> {
+    #[cfg(all(feature = "std", not(loom)))]
+    inner: arc_swap::ArcSwap<T>,
+    #[cfg(loom)]
+    inner: (AtomicUsize, std::sync::Mutex<Vec<Arc<T>>>),
+    #[cfg(all(not(feature = "std"), not(loom)))]
+    inner: spin::RwLock<Arc<T>>,
+}
+
+/// One state of a [`Snapshot`], kept alive.
+pub struct Loaded<T> {
+    #[cfg(all(feature = "std", not(loom)))]
+    inner: arc_swap::Guard<Arc<T>>,
+    #[cfg(any(not(feature = "std"), loom))]
+    inner: Arc<T>,
+}
+
+impl<T> Snapshot<T> {
+    /// Begins with `value`.
+    pub fn new(value: T) -> Self {
+        let value = Arc::new(value);
+        #[cfg(all(feature = "std", not(loom)))]
+        return Self { inner: arc_swap::ArcSwap::new(value) };
+        #[cfg(loom)]
+        return Self { inner: (AtomicUsize::new(0), std::sync::Mutex::new(vec![value])) };
+        #[cfg(all(not(feature = "std"), not(loom)))]
+        return Self { inner: spin::RwLock::new(value) };
+    }
+
+    /// The state of now. Takes no lock and touches no counter that readers share (with std).
+    #[inline]
+    pub fn load(&self) -> Loaded<T> {
+        #[cfg(all(feature = "std", not(loom)))]
+        return Loaded { inner: self.inner.load() };
+        #[cfg(loom)]
+        {
+            let index = self.inner.0.load(Ordering::Acquire);
+            return Loaded { inner: Arc::clone(&self.inner.1.lock().unwrap()[index]) };
+        }
+        #[cfg(all(not(feature = "std"), not(loom)))]
+        return Loaded { inner: Arc::clone(&self.inner.read()) };
+    }
+
+    /// Replaces the state. Callers serialise their stores by a lock of their own.
+    pub fn store(&self, value: T) {
+        let value = Arc::new(value);
+        #[cfg(all(feature = "std", not(loom)))]
+        self.inner.store(value);
+        #[cfg(loom)]
+        {
+            let index = {
+                let mut all = self.inner.1.lock().unwrap();
+                all.push(value);
+                all.len() - 1
+            };
+            self.inner.0.store(index, Ordering::Release);
+        }
+        #[cfg(all(not(feature = "std"), not(loom)))]
+        {
+            *self.inner.write() = value;
+        }
+    }
+}
+
+impl<T> core::ops::Deref for Loaded<T> {
+    type Target = T;
+    #[inline]
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T: core::fmt::Debug> core::fmt::Debug for Snapshot<T> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        self.load().fmt(f)
+    }
+}
+
+impl<T: core::fmt::Debug> core::fmt::Debug for Loaded<T> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        (**self).fmt(f)
+    }
+}
+
+// ---- reclamation ---------------------------------------------------------------------------------------------------
+
+/// Where memory that was unlinked waits until nobody can still be looking at it.
+///
+/// With std this is crossbeam-epoch's default collector, whose pin is a store and a fence on a line of the thread's own.
+/// Without std (and under loom, and on request) each space has a collector of its own, and every pin registers a
+/// participant for itself; [`Reclaim::pin`] then allocates.
+#[derive(Debug, Clone)]
+pub struct Reclaim(Source);
+
+#[derive(Debug, Clone)]
+enum Source {
+    #[cfg(all(feature = "std", not(loom)))]
+    Shared,
+    Own(crossbeam_epoch::Collector),
+    #[cfg(loom)]
+    Never,
+}
+
+/// While one lives, no table page that was reachable when it was made is freed.
+#[derive(Debug)]
+pub struct Pin(Option<crossbeam_epoch::Guard>);
+
+impl Pin {
+    /// Runs `free` once nobody who was pinned before now is pinned any more.
+    pub fn retire(&self, free: impl FnOnce() + Send + 'static) {
+        // `None` is a model whose page source frees nothing.
+        if let Some(guard) = &self.0 {
+            guard.defer(free);
+        }
+    }
+
+    /// Lets garbage of this thread be collected soon.
+    pub fn flush(&self) {
+        if let Some(guard) = &self.0 {
+            guard.flush();
+        }
+    }
+}
+
+impl Reclaim {
+    /// The collector that all share where there is one.
+    pub fn shared() -> Self {
+        #[cfg(all(feature = "std", not(loom)))]
+        return Self(Source::Shared);
+        #[cfg(any(not(feature = "std"), loom))]
+        return Self::private();
+    }
+
+    /// A collector of one's own: what it holds is freed, at the latest, with the last handle to it.
+    pub fn private() -> Self {
+        Self(Source::Own(crossbeam_epoch::Collector::new()))
+    }
+
+    /// For models that are about something else: what is retired is never freed, and pins cost nothing.
+    #[cfg(loom)]
+    pub fn never() -> Self {
+        Self(Source::Never)
+    }
+
+    /// Pins the calling thread.
+    #[inline]
+    pub fn pin(&self) -> Pin {
+        match &self.0 {
+            #[cfg(all(feature = "std", not(loom)))]
+            Source::Shared => Pin(Some(crossbeam_epoch::pin())),
+            Source::Own(collector) => Pin(Some(collector.register().pin())),
+            #[cfg(loom)]
+            Source::Never => Pin(None),
+        }
+    }
+
+    /// Whether `pin` protects what this collector holds.
+    pub fn guards(&self, pin: &Pin) -> bool {
+        match &self.0 {
+            #[cfg(all(feature = "std", not(loom)))]
+            Source::Shared => true,
+            Source::Own(collector) => pin.0.as_ref().and_then(|g| g.collector()) == Some(collector),
+            #[cfg(loom)]
+            Source::Never => true,
+        }
+    }
+}

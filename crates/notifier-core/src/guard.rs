@@ -195,27 +195,15 @@ pub enum SettleError<A: WindowAddress> {
     Close(#[from] CloseCause),
 }
 
-/// Closing failed: the window is still in progress, and here is its guard.
-#[derive(thiserror::Error)]
-#[error("the window over {} is still in progress: {cause}", .guard.key())]
-pub struct CloseError<G: KeyedGuard> {
-    /// The guard: close it again, or drop it and leave it to the reaper.
-    pub guard: G,
+/// Closing failed: the window is still in progress, and the space's reaper has it ([`Space::reap`]).
+#[derive(Debug, thiserror::Error)]
+#[error("the window over {window} is still in progress: {cause}")]
+pub struct CloseError {
+    /// What the window covers.
+    pub window: crate::window::Key,
     /// What failed.
     #[source]
     pub cause: CloseCause,
-}
-
-impl<G: KeyedGuard> fmt::Debug for CloseError<G> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CloseError").field("key", &self.guard.key()).field("cause", &self.cause).finish()
-    }
-}
-
-/// What errors need to know of a guard. Implemented by the two guards.
-pub trait KeyedGuard {
-    /// What the window is over.
-    fn key(&self) -> crate::window::Key;
 }
 
 /// An open window: while this lives, the count is elevated and nobody adds a right or a translation in its range.
@@ -234,7 +222,8 @@ pub struct InvalidationGuard<'s, M: WindowMode, A: WindowAddress = crate::Hva> {
     range: AddrRange<A>,
     /// Dropping must not block: the reaper closes.
     reaped: bool,
-    of: PhantomData<(&'s Space, fn() -> M)>,
+    of: PhantomData<&'s Space>,
+    mode: PhantomData<fn() -> M>,
 }
 
 impl<M: WindowMode, A: WindowAddress> fmt::Debug for InvalidationGuard<'_, M, A> {
@@ -243,15 +232,9 @@ impl<M: WindowMode, A: WindowAddress> fmt::Debug for InvalidationGuard<'_, M, A>
     }
 }
 
-impl<M: WindowMode, A: WindowAddress> KeyedGuard for InvalidationGuard<'_, M, A> {
-    fn key(&self) -> crate::window::Key {
-        A::key(self.range)
-    }
-}
-
 impl<M: WindowMode, A: WindowAddress> InvalidationGuard<'_, M, A> {
     pub(crate) fn new(inner: Arc<Inner>, record: Arc<Record>, range: AddrRange<A>) -> Self {
-        Self { inner, record: Some(record), range, reaped: false, of: PhantomData }
+        Self { inner, record: Some(record), range, reaped: false, of: PhantomData, mode: PhantomData }
     }
 
     fn record(&self) -> &Arc<Record> {
@@ -278,15 +261,15 @@ impl<M: WindowMode, A: WindowAddress> InvalidationGuard<'_, M, A> {
     /// count falls.
     ///
     /// # Errors
-    /// [`CloseError`], with the guard, where that could not be done: the window is then still in progress.
-    pub fn close(mut self) -> Result<(), CloseError<Self>> {
-        let record = Arc::clone(self.record());
-        match finish(&self.inner, &record) {
-            Ok(()) => {
-                self.record = None;
-                Ok(())
-            }
-            Err(cause) => Err(CloseError { guard: self, cause }),
+    /// [`CloseError`] where that could not be done: the window is then still in progress, and finished by the reaper
+    /// as soon as that is possible.
+    pub fn close(mut self) -> Result<(), CloseError> {
+        match self.record.take() {
+            None => Ok(()),
+            Some(record) => finish(&self.inner, &record).map_err(|cause| {
+                self.inner.leave_unfinished(record);
+                CloseError { window: A::key(self.range), cause }
+            }),
         }
     }
 }
@@ -468,21 +451,15 @@ impl<M: WindowMode, A: WindowAddress> OwnedInvalidationGuard<M, A> {
     /// As [`InvalidationGuard::close`].
     ///
     /// # Errors
-    /// [`CloseError`], with the guard.
-    pub fn close(self) -> Result<(), CloseError<Self>> {
-        self.0.close().map_err(|error| CloseError { guard: Self(error.guard), cause: error.cause })
+    /// [`CloseError`].
+    pub fn close(self) -> Result<(), CloseError> {
+        self.0.close()
     }
 }
 
 impl<M: WindowMode, A: WindowAddress> fmt::Debug for OwnedInvalidationGuard<M, A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("OwnedInvalidationGuard").field(&self.0).finish()
-    }
-}
-
-impl<M: WindowMode, A: WindowAddress> KeyedGuard for OwnedInvalidationGuard<M, A> {
-    fn key(&self) -> crate::window::Key {
-        self.0.key()
     }
 }
 

@@ -29,7 +29,7 @@ pub use addr::{AddrRange, Address, Gpa, GpaRange, Hva, HvaRange, OutputAddr, Out
 pub use counters::Counters;
 pub use fault::{Admission, Extent, Extents, Fault, FaultError, IntoExtents, Refused, ResolveError, Resolved, Retry};
 pub use guard::{
-    Change, ChangeError, Changed, CloseError, InvalidationGuard, KeyedGuard, Outcome, OwnedInvalidationGuard, Retained,
+    Change, ChangeError, Changed, CloseError, InvalidationGuard, Outcome, OwnedInvalidationGuard, Retained,
     SettleError, WindowMode, Zapped,
 };
 pub use lease::{Lease, LeaseError, LeaseId, LeasePolicy, LeaseRequest};

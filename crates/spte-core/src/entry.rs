@@ -1,7 +1,272 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One entry in memory.
-use core::sync::atomic::AtomicU64;
-/// One entry.
+//! One entry in memory, and the few ways in which it is written.
+//!
+//! Everything the engine does to a table is one of these:
+//!
+//! - [`Cell::replace`]: one compare-exchange, for changes that take something away or record a fact;
+//! - [`Cell::claim`], then [`Claim::publish`] or [`Claim::give_back`]: for changes that add something, which have to be
+//!   checked after the claim and before the publishing;
+//! - [`Cell::kill`]: an exchange to DEAD, for entries of a table that is being unlinked.
+//!
+//! # Claims
+//! An entry that is not present is claimed by the value CLAIMED. A present one is claimed by a software bit where the
+//! format has one: hardware and walkers go on with the old translation until the claim is decided, so a claim is never
+//! seen by a guest. Where the format has none, it becomes CLAIMED too, which a guest sees as a transient fault. Either way
+//! the claim's owner decides without allocating, calling, locking or faulting, so that whoever waits for it waits for
+//! moments. (Break-before-make is the one exception: there the claim is held across a flush, and the walkers that
+//! the flush waits for never wait for claims.)
+//!
+//! # Mirrors
+//! Where hardware walks another page than the one the engine keeps (because a guest can write it), the kept entry is
+//! the truth. Every change then claims the kept entry, writes the mirror, and publishes the kept entry last; of
+//! what stands in the mirror only facts are ever taken over.
+
+use notifier_core::primitive::{AtomicU64, Ordering};
+
+use crate::format::{Format, Kind, Level};
+
+/// One entry of a table page, in memory order.
 #[derive(Debug)]
 #[repr(transparent)]
 pub struct Entry(AtomicU64);
+
+impl Entry {
+    /// An entry with this value, in memory order.
+    pub fn new(memory: u64) -> Self {
+        Self(AtomicU64::new(memory))
+    }
+
+    /// What hardware would read.
+    pub fn load(&self) -> u64 {
+        // Acquire: whoever sees a link sees the table behind it filled; whoever sees a removal sees that its flush is owed.
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Overwrites the entry: for page sources that fill pages, and for tests that play hardware or a hostile guest. Not
+    /// for entries that an engine is using.
+    pub fn store(&self, memory: u64) {
+        self.0.store(memory, Ordering::Release);
+    }
+
+    /// One compare-exchange, as hardware makes it when it records facts.
+    ///
+    /// # Errors
+    /// The value found, where it is not `old`.
+    pub fn compare_exchange(&self, old: u64, new: u64) -> Result<u64, u64> {
+        self.0.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)
+    }
+
+    fn swap(&self, new: u64) -> u64 {
+        self.0.swap(new, Ordering::AcqRel)
+    }
+}
+
+/// What a cell holds, claims included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum View {
+    Absent,
+    Special,
+    /// Somebody is deciding: wait.
+    Claimed,
+    /// Start again from the root.
+    Dead,
+    Table(notifier_core::OutputAddr),
+    Leaf,
+}
+
+/// An entry in its place: the kept one, its mirror, and what it spans.
+#[derive(Debug)]
+pub(crate) struct Cell<'p> {
+    pub(crate) own: &'p Entry,
+    pub(crate) mirror: Option<&'p Entry>,
+    pub(crate) level: Level,
+    /// First guest address it spans.
+    pub(crate) start: u64,
+    /// Bytes it spans.
+    pub(crate) span: u64,
+}
+
+impl Clone for Cell<'_> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl Copy for Cell<'_> {}
+
+/// `raw` as what it is; a present entry with the claim bit is claimed.
+pub(crate) fn view<F: Format>(format: &F, level: Level, raw: u64) -> View {
+    let claimed = raw & format.claim_bit() != 0;
+    match format.kind(level, raw) {
+        Kind::Absent => View::Absent,
+        Kind::Special => View::Special,
+        Kind::Claimed => View::Claimed,
+        Kind::Dead => View::Dead,
+        Kind::Table(_) | Kind::Leaf if claimed => View::Claimed,
+        Kind::Table(child) => View::Table(child),
+        Kind::Leaf => View::Leaf,
+    }
+}
+
+impl<'p> Cell<'p> {
+    /// One past the last guest address it spans; saturates at the top of the address space.
+    pub(crate) fn end(&self) -> u64 {
+        self.start.saturating_add(self.span)
+    }
+
+    /// The value, with the facts that hardware wrote into the mirror.
+    pub(crate) fn load<F: Format>(&self, format: &F) -> u64 {
+        let raw = format.raw_of(self.own.load());
+        match self.mirror {
+            Some(mirror) if format.kind(self.level, raw) == Kind::Leaf => {
+                raw | (format.raw_of(mirror.load()) & format.hardware_bits())
+            }
+            _ => raw,
+        }
+    }
+
+    /// Turns `old` into `new` in one step, if it is still `old`. For changes that need no check.
+    ///
+    /// # Errors
+    /// The value found instead; nothing was written.
+    pub(crate) fn replace<F: Format>(&self, format: &F, old: u64, new: u64) -> Result<(), u64> {
+        let Some(mirror) = self.mirror else {
+            let exchanged = self.own.compare_exchange(format.memory_of(old), format.memory_of(new));
+            return exchanged.map(drop).map_err(|found| format.raw_of(found));
+        };
+        // `old` may have facts that only the mirror has: the kept entry is compared without regard to them.
+        let kept = format.raw_of(self.own.load());
+        let facts = format.hardware_bits();
+        if (kept ^ old) & !facts != 0 {
+            return Err(self.load(format));
+        }
+        let Some(claim) = self.claim(format, kept) else { return Err(self.load(format)) };
+        // A fact that hardware wrote since `old` was read must not be lost: then the caller looks again.
+        let seen = format.raw_of(mirror.load());
+        let late = seen & facts & !old != 0 && format.kind(self.level, old) == Kind::Leaf;
+        if late || mirror.compare_exchange(format.memory_of(seen), format.memory_of(new)).is_err() {
+            claim.give_back(format);
+            return Err(self.load(format));
+        }
+        self.own.store(format.memory_of(new));
+        Ok(())
+    }
+
+    /// Claims the entry, if it is still `old`. What follows, up to publishing or giving back, allocates nothing, calls
+    /// nobody, takes no lock and faults nowhere.
+    #[must_use]
+    pub(crate) fn claim<F: Format>(&self, format: &F, old: u64) -> Option<Claim<'p>> {
+        let present = matches!(format.kind(self.level, old), Kind::Table(_) | Kind::Leaf);
+        let soft = present && format.claim_bit() != 0;
+        let claimed = if soft { old | format.claim_bit() } else { format.claimed() };
+        let exchanged = self.own.compare_exchange(format.memory_of(old), format.memory_of(claimed));
+        exchanged.ok().map(|_| Claim { cell: *self, old })
+    }
+
+    /// Claims the entry and takes it away from hardware at once.
+    #[must_use]
+    pub(crate) fn claim_broken<F: Format>(&self, format: &F, old: u64) -> Option<Claim<'p>> {
+        let exchanged = self.own.compare_exchange(format.memory_of(old), format.memory_of(format.claimed()));
+        exchanged.ok()?;
+        if let Some(mirror) = self.mirror {
+            mirror.store(format.memory_of(format.absent()));
+        }
+        Some(Claim { cell: *self, old })
+    }
+
+    /// Makes the entry DEAD, if it is still `old` (which is not claimed). Returns what it was, with all its facts.
+    ///
+    /// # Errors
+    /// The value found instead; nothing was written.
+    pub(crate) fn kill<F: Format>(&self, format: &F, old: u64) -> Result<u64, u64> {
+        let leaf = format.kind(self.level, old) == Kind::Leaf;
+        // With a mirror, `old` may have facts that the kept entry does not have.
+        let kept = format.raw_of(self.own.load());
+        if (kept ^ old) & !format.hardware_bits() != 0 {
+            return Err(kept);
+        }
+        let exchanged = self.own.compare_exchange(format.memory_of(kept), format.memory_of(format.dead()));
+        let mut was = exchanged.map(|_| kept).map_err(|found| format.raw_of(found))?;
+        // Once the kept entry is DEAD nobody else writes the mirror, but for hardware and the guest.
+        if let Some(mirror) = self.mirror {
+            let seen = format.raw_of(mirror.swap(format.memory_of(format.absent())));
+            if leaf {
+                was |= seen & format.hardware_bits();
+            }
+        }
+        Ok(was)
+    }
+
+    /// Makes a DEAD entry absent again: the table it lies in stays linked after all.
+    pub(crate) fn revive<F: Format>(&self, format: &F) {
+        self.own.store(format.memory_of(format.absent()));
+    }
+}
+
+/// A claimed entry.
+#[derive(Debug)]
+#[must_use = "a claim is published or given back"]
+pub(crate) struct Claim<'p> {
+    pub(crate) cell: Cell<'p>,
+    /// What was claimed.
+    pub(crate) old: u64,
+}
+
+impl Claim<'_> {
+    /// Puts `new` in place of what was claimed. Facts that hardware added meanwhile are added to `new` where both are
+    /// leaves. Returns the old value with all its facts.
+    pub(crate) fn publish<F: Format>(self, format: &F, new: u64) -> u64 {
+        let Cell { own, mirror, level, .. } = self.cell;
+        let was_leaf = format.kind(level, self.old) == Kind::Leaf;
+        let is_leaf = format.kind(level, new) == Kind::Leaf;
+        let mut found = format.raw_of(own.load());
+        loop {
+            // Only facts can have changed under a claim.
+            let old = self.old | (found & format.hardware_bits());
+            let mut full = if was_leaf && is_leaf { format.merge_facts(level, new, level, old) } else { new };
+            let mut full_old = old;
+            if let Some(mirror) = mirror {
+                // The mirror is what hardware reads: it comes first, and the kept entry, for which windows wait, last.
+                let mut seen = mirror.load();
+                loop {
+                    let facts = format.raw_of(seen) & format.hardware_bits();
+                    if was_leaf {
+                        full_old = old | facts;
+                        if is_leaf {
+                            full = format.merge_facts(level, new, level, full_old);
+                        }
+                    }
+                    match mirror.compare_exchange(seen, format.memory_of(full)) {
+                        Ok(_) => break,
+                        Err(other) => seen = other,
+                    }
+                }
+            }
+            match own.compare_exchange(format.memory_of(found), format.memory_of(full)) {
+                Ok(_) => return full_old,
+                Err(other) => found = format.raw_of(other),
+            }
+        }
+    }
+
+    /// Takes a claimed leaf or link away from hardware, keeping the claim: the break of break-before-make. Returns the
+    /// old value with its facts.
+    pub(crate) fn take_away<F: Format>(&mut self, format: &F) -> u64 {
+        let Cell { own, mirror, .. } = self.cell;
+        let mut facts = format.raw_of(own.swap(format.memory_of(format.claimed()))) & format.hardware_bits();
+        if let Some(mirror) = mirror {
+            facts |= format.raw_of(mirror.swap(format.memory_of(format.absent()))) & format.hardware_bits();
+        }
+        if format.kind(self.cell.level, self.old) == Kind::Leaf {
+            self.old |= facts;
+        }
+        self.old
+    }
+
+    /// As if nothing had been claimed.
+    pub(crate) fn give_back<F: Format>(self, format: &F) {
+        let old = self.old;
+        // For a leaf the facts that came meanwhile are added.
+        let _ = self.publish(format, old);
+    }
+}

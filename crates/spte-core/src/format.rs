@@ -11,7 +11,7 @@
 //!   [`Format::level_number`].
 //! - **Three values are not present and hold no data**: [`Format::absent`], [`Format::claimed`] and
 //!   [`Format::dead`]. No sequence of writes to [`Format::hardware_bits`] turns one of the three into another or into
-//!   anything present; [`Format::kind`] reads them under that mask.
+//!   anything present; [`Format::kind`] reads them under that mask. None of the three has one of these bits set.
 //! - **Special** entries are not present but hold data (MMIO markers, owner annotations). The engine leaves them alone
 //!   but for removing them when their range is unmapped.
 //! - **A present entry can be claimed without being taken away** when the format has a software bit to spare

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Accessed and dirty: ageing, and harvesting what was written.
+
+use alloc::vec::Vec;
+
+use notifier_core::{AddrRange, Gpa, GpaRange};
+
+use crate::{
+    batch::{Batch, FlushFailed},
+    entry::{View, view},
+    flush::Flush,
+    format::{Format, Kind},
+    pages::PageSource,
+    table::{Table, TableRangeError},
+};
+
+/// Why dirty facts were not harvested.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum HarvestError {
+    /// The range does not fit the table. Nothing was done.
+    #[error(transparent)]
+    Range(#[from] TableRangeError),
+    /// The flush failed, and stays owed. These facts were taken from the table and are lost unless the caller keeps
+    /// them; writes through TLBs that were not flushed may be missing from the next harvest.
+    #[error("{} leaves harvested, not flushed: {source}", .dirty.len())]
+    Flush {
+        /// What was dirty.
+        dirty: Vec<GpaRange>,
+        /// What failed.
+        source: FlushFailed,
+    },
+}
+
+impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
+    /// Makes every leaf with a byte in `range` old; how many were young. A larger leaf that lies only partly in the range
+    /// ages as a whole.
+    ///
+    /// Waits for nothing, not even claims: a leaf that is just being changed may be passed over.
+    ///
+    /// # Errors
+    /// [`FlushFailed`], in formats where ageing takes a right away.
+    pub fn age(&self, range: GpaRange) -> Result<u64, FlushFailed> {
+        let mut batch = Batch::new(self);
+        let young = self.for_leaves(range, |cell, raw| {
+            let format = &self.format;
+            let mut raw = raw;
+            while format.kind(cell.level, raw) == Kind::Leaf && format.is_young(cell.level, raw) {
+                if cell.mirror.is_some() && raw & format.claim_bit() != 0 {
+                    return false;
+                }
+                let old = format.make_old(cell.level, raw);
+                let transition = format.transition(cell.level, raw, old);
+                if transition.flush {
+                    batch.owe();
+                }
+                match cell.replace(format, raw, old) {
+                    Ok(()) => {
+                        if transition.flush {
+                            batch.add(cell.start, cell.span, Some(cell.level), false);
+                        }
+                        return true;
+                    }
+                    Err(found) => raw = found,
+                }
+            }
+            false
+        });
+        batch.finish(false)?;
+        Ok(young)
+    }
+
+    /// How many leaves with a byte in `range` are young. Changes nothing.
+    pub fn test_age(&self, range: GpaRange) -> u64 {
+        self.for_leaves(range, |cell, raw| self.format.is_young(cell.level, raw))
+    }
+
+    /// Counts the leaves for which `question` says yes.
+    fn for_leaves(&self, range: GpaRange, mut question: impl FnMut(&crate::entry::Cell<'_>, u64) -> bool) -> u64 {
+        let Some(range) = self.clip(range) else { return 0 };
+        let pin = self.space.pin();
+        let mut count = 0;
+        self.look(&pin, range, |cell, raw| {
+            if self.format.kind(cell.level, raw) == Kind::Leaf {
+                count += u64::from(question(cell, raw));
+            }
+        });
+        count
+    }
+
+    /// What was written in `range` since it was last harvested, as the spans of the leaves that say so, ascending. They
+    /// are made clean so that the next write shows: first cleared, then flushed, then returned, so that a write
+    /// in between is in this harvest or in the next.
+    ///
+    /// # Errors
+    /// See [`HarvestError`].
+    pub fn harvest_dirty(&self, range: GpaRange) -> Result<Vec<GpaRange>, HarvestError> {
+        self.check_range(range)?;
+        let format = &self.format;
+        let pin = self.space.pin();
+        let mut dirty = Vec::new();
+        let mut batch = Batch::new(self);
+        let mut cursor = self.cursor(&pin, range);
+        while let Some((cell, raw)) = cursor.next(|_| false) {
+            if view(format, cell.level, raw) == View::Leaf && format.is_dirty(cell.level, raw) {
+                let clean = format.make_clean(cell.level, raw);
+                let transition = format.transition(cell.level, raw, clean);
+                if transition.flush {
+                    batch.owe();
+                }
+                if cell.replace(format, raw, clean).is_err() {
+                    continue;
+                }
+                dirty.extend(AddrRange::with_len(Gpa::new(cell.start), cell.span));
+                if transition.flush {
+                    batch.add(cell.start, cell.span, Some(cell.level), false);
+                }
+            }
+            cursor.pass(&cell);
+        }
+        match batch.finish(false) {
+            Ok(()) => Ok(dirty),
+            Err(source) => Err(HarvestError::Flush { dirty, source }),
+        }
+    }
+}

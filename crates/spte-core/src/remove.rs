@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Taking away: unmap, restrict, write-protect.
+//!
+//! Each walks its range, takes away with one compare-exchange an entry, and flushes once at the end. Facts of what goes
+//! are reported to the space's dirty sink before the operation returns, read by the same exchange that takes the entry
+//! away, so that none can come between.
+
+use notifier_core::{AddrRange, Gpa, GpaRange};
+
+use crate::{
+    batch::{Batch, FlushFailed},
+    entry::{Cell, View, view},
+    flush::Flush,
+    format::{Format, FormatError, Kind, WriteProtect},
+    pages::{OutOfPages, PageSource},
+    shape::{CannotSplit, Split, Unlink, Unlinked},
+    table::{Cursor, Table, TableRangeError},
+};
+
+/// Why an operation that takes away was not done, or not to the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RemoveError {
+    /// The range does not fit the table. Nothing was done.
+    #[error(transparent)]
+    Range(#[from] TableRangeError),
+    /// A leaf that lies only partly in the range had to be split, and there was no page. Everything below `at` is done,
+    /// and flushed; the leaf there is as it was.
+    #[error("done up to {at}: {source}")]
+    OutOfPages {
+        /// Where it stopped.
+        at: Gpa,
+        /// What failed.
+        source: OutOfPages,
+    },
+    /// The format cannot express these rights. Everything below `at` is done.
+    #[error("done up to {at}: {source}")]
+    Format {
+        /// Where it stopped.
+        at: Gpa,
+        /// What the format says.
+        source: FormatError,
+    },
+    /// Everything below `at` is done in the table, but the flush failed: it stays owed.
+    #[error("done up to {at}, not flushed: {source}")]
+    Flush {
+        /// Where it stopped; the end of the range where only the flush failed.
+        at: Gpa,
+        /// What failed.
+        source: FlushFailed,
+    },
+}
+
+/// What an operation took away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Removed {
+    /// Leaves that were taken away or changed. (Where a whole table went, its leaves count one by one.)
+    pub leaves: u64,
+    /// Those that were young.
+    pub young: u64,
+    /// Those that were dirty.
+    pub dirty: u64,
+}
+
+/// What to do with a leaf that lies only partly in the range when there is no page to split it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Partly {
+    /// Stop, and say so.
+    Fail,
+    /// Treat all of it: inside a window, where too much is safe and nothing may be left.
+    Whole,
+}
+
+impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
+    /// Removes every translation in `range`, and special entries; a leaf that lies only partly in it is split. Tables
+    /// that the range covers are unlinked.
+    ///
+    /// # Errors
+    /// See [`RemoveError`].
+    pub fn unmap(&self, range: GpaRange) -> Result<Removed, RemoveError> {
+        self.check_range(range)?;
+        let mut batch = Batch::new(self);
+        let removed = self.zap_range(range, Partly::Fail, &mut batch)?;
+        self.finish_removal(range, batch)?;
+        Ok(removed)
+    }
+
+    /// Takes rights away: every leaf in `range` keeps of its rights those in `access`.
+    ///
+    /// # Errors
+    /// See [`RemoveError`].
+    pub fn restrict(&self, range: GpaRange, access: notifier_core::Access) -> Result<Removed, RemoveError> {
+        self.check_range(range)?;
+        self.lessen(range, |cell, raw| {
+            let spec = self.format.spec(cell.level, raw);
+            self.format.with_access(cell.level, raw, spec.access & access)
+        })
+    }
+
+    /// Arms dirty logging: writing is withheld from every leaf in `range` that grants it, and comes back by
+    /// [`Table::upgrade`].
+    ///
+    /// # Errors
+    /// See [`RemoveError`].
+    pub fn arm(&self, range: GpaRange) -> Result<Removed, RemoveError> {
+        self.check_range(range)?;
+        self.lessen(range, |cell, raw| Ok(self.format.write_protect(cell.level, raw, WriteProtect::Arm)))
+    }
+
+    fn finish_removal(&self, range: GpaRange, batch: Batch<'_, F, P, X>) -> Result<(), RemoveError> {
+        self.finish_late(batch, |batch| batch.finish(false))
+            .map_err(|source| RemoveError::Flush { at: range.end(), source })
+    }
+
+    fn lessen(
+        &self,
+        range: GpaRange,
+        less: impl Fn(&Cell<'_>, u64) -> Result<u64, FormatError>,
+    ) -> Result<Removed, RemoveError> {
+        let mut batch = Batch::new(self);
+        let removed = self.lessen_range(range, Partly::Fail, &mut batch, less)?;
+        self.finish_removal(range, batch)?;
+        Ok(removed)
+    }
+
+    /// Makes every leaf in `range` less by `less`, and collects what has to be flushed.
+    pub(crate) fn lessen_range(
+        &self,
+        range: GpaRange,
+        partly: Partly,
+        batch: &mut Batch<'_, F, P, X>,
+        less: impl Fn(&Cell<'_>, u64) -> Result<u64, FormatError>,
+    ) -> Result<Removed, RemoveError> {
+        let format = &self.format;
+        let pin = self.space.pin();
+        let mut cursor = self.cursor(&pin, range);
+        let mut removed = Removed::default();
+        while let Some((cell, raw)) = cursor.next(|_| false) {
+            if view(format, cell.level, raw) != View::Leaf {
+                cursor.pass(&cell);
+                continue;
+            }
+            let at = Gpa::new(cell.start);
+            let new = less(&cell, raw).map_err(|source| RemoveError::Format { at, source })?;
+            if new == raw {
+                cursor.pass(&cell);
+                continue;
+            }
+            if self.must_split(&cursor, &cell, raw, partly)? {
+                continue;
+            }
+            let transition = format.transition(cell.level, raw, new);
+            if transition.flush {
+                batch.owe();
+            }
+            if cell.replace(format, raw, new).is_err() {
+                continue;
+            }
+            removed.leaves += 1;
+            // Facts that the new value no longer has are reported.
+            if format.is_dirty(cell.level, raw) && !format.is_dirty(cell.level, new) {
+                removed.dirty += 1;
+                self.report_span(&cell);
+            }
+            if transition.flush {
+                batch.add(cell.start, cell.span, Some(cell.level), false);
+            }
+            cursor.pass(&cell);
+        }
+        Ok(removed)
+    }
+
+    /// Splits a leaf that lies only partly in the range. Whether to look again.
+    fn must_split(
+        &self,
+        cursor: &Cursor<'_, '_, F, P, X>,
+        cell: &Cell<'_>,
+        raw: u64,
+        partly: Partly,
+    ) -> Result<bool, RemoveError> {
+        if cursor.covers(cell) {
+            return Ok(false);
+        }
+        let at = Gpa::new(cell.start.max(cursor.at));
+        match (self.split_cell(cell, raw), partly) {
+            (Ok(Split::LookAgain), _) => Ok(true),
+            (Ok(Split::Smallest), _) | (Err(_), Partly::Whole) => Ok(false),
+            (Err(CannotSplit::Pages(source)), Partly::Fail) => Err(RemoveError::OutOfPages { at, source }),
+            (Err(CannotSplit::Flush(source)), Partly::Fail) => Err(RemoveError::Flush { at, source }),
+        }
+    }
+
+    /// Removes everything in `range` and collects what has to be flushed.
+    pub(crate) fn zap_range(
+        &self,
+        range: GpaRange,
+        partly: Partly,
+        batch: &mut Batch<'_, F, P, X>,
+    ) -> Result<Removed, RemoveError> {
+        let format = &self.format;
+        let pin = self.space.pin();
+        let mut cursor = self.cursor(&pin, range);
+        let (start, end) = (range.start().as_u64(), range.end().as_u64());
+        let whole_leaf_table = |cell: &Cell<'_>| {
+            cell.level.below() == Some(crate::format::Level::LEAF) && start <= cell.start && cell.end() <= end
+        };
+        let mut removed = Removed::default();
+        while let Some((cell, raw)) = cursor.next(whole_leaf_table) {
+            match view(format, cell.level, raw) {
+                View::Table(page) => {
+                    let (leaves, young, dirty) = self.count(&pin, &cell, page);
+                    match self.unlink(&pin, &cell, raw, page, Unlink::WithLeaves, batch) {
+                        Unlinked::Gone => {
+                            removed.leaves += leaves;
+                            removed.young += young;
+                            removed.dirty += dirty;
+                        }
+                        Unlinked::InUse | Unlinked::LookAgain => {
+                            cursor.restart();
+                            continue;
+                        }
+                    }
+                }
+                View::Leaf => {
+                    if self.must_split(&cursor, &cell, raw, partly)? {
+                        continue;
+                    }
+                    batch.owe();
+                    if cell.replace(format, raw, format.absent()).is_err() {
+                        continue;
+                    }
+                    removed.leaves += 1;
+                    removed.young += u64::from(format.is_young(cell.level, raw));
+                    removed.dirty += u64::from(self.report_leaf(&cell, raw));
+                    batch.add(cell.start, cell.span, Some(cell.level), false);
+                }
+                View::Special if cell.replace(format, raw, format.absent()).is_err() => continue,
+                _ => {}
+            }
+            cursor.pass(&cell);
+        }
+        // Tables above the leaf tables that the range covers are empty now, unless somebody was quicker.
+        let mut level = crate::format::Level::LEAF;
+        while let Some(above) = level.above().and_then(|level| level.above()).filter(|l| *l <= format.geometry().top())
+        {
+            level = match above.below() {
+                Some(level) => level,
+                None => break,
+            };
+            if range.len() < format.geometry().span(above) {
+                break;
+            }
+            let mut cursor = self.cursor(&pin, range);
+            while let Some((cell, raw)) = cursor.next(|cell| cell.level <= above) {
+                if let View::Table(page) = view(format, cell.level, raw)
+                    && cell.level == above
+                    && cursor.covers(&cell)
+                {
+                    self.unlink(&pin, &cell, raw, page, Unlink::IfEmpty, batch);
+                }
+                cursor.pass(&cell);
+            }
+        }
+        Ok(removed)
+    }
+
+    /// Leaves of a leaf table, those that are young, those that are dirty: as they are at a glance.
+    fn count(
+        &self,
+        pin: &notifier_core::primitive::Pin,
+        cell: &Cell<'_>,
+        page: notifier_core::OutputAddr,
+    ) -> (u64, u64, u64) {
+        let format = &self.format;
+        let Some(node) = self.child(pin, cell, page) else { return (0, 0, 0) };
+        node.cells().fold((0, 0, 0), |(leaves, young, dirty), child| {
+            let raw = child.load(format);
+            if format.kind(child.level, raw) != Kind::Leaf {
+                return (leaves, young, dirty);
+            }
+            let is = |fact: bool| u64::from(fact);
+            let level = child.level;
+            (leaves + 1, young + is(format.is_young(level, raw)), dirty + is(format.is_dirty(level, raw)))
+        })
+    }
+
+    /// Finishes a batch by `finish`; where the format's facts come late, reads them again after that.
+    pub(crate) fn finish_late(
+        &self,
+        batch: Batch<'_, F, P, X>,
+        finish: impl FnOnce(Batch<'_, F, P, X>) -> Result<(), FlushFailed>,
+    ) -> Result<(), FlushFailed> {
+        if !self.format.late_facts() {
+            return finish(batch);
+        }
+        let ranges = batch.ranges();
+        finish(batch)?;
+        match ranges {
+            Some(ranges) => ranges.into_iter().for_each(|range| self.collect_late(range)),
+            None => self.whole().into_iter().for_each(|range| self.collect_late(range)),
+        }
+        Ok(())
+    }
+
+    /// Reports and clears dirty facts that hardware left in entries that are no longer present.
+    fn collect_late(&self, range: GpaRange) {
+        let format = &self.format;
+        let Some(range) = self.clip(range) else { return };
+        let pin = self.space.pin();
+        let mut cursor = self.cursor(&pin, range);
+        while let Some((cell, raw)) = cursor.next(|_| false) {
+            if view(format, cell.level, raw) == View::Absent && raw != format.absent() {
+                if cell.replace(format, raw, format.absent()).is_err() {
+                    continue;
+                }
+                if let Ok(range) = AddrRange::with_len(Gpa::new(cell.start), cell.span) {
+                    self.space.report_dirty(range);
+                }
+            }
+            cursor.pass(&cell);
+        }
+    }
+}

@@ -1,1 +1,6 @@
-//! Examples.
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the examples are made of. The examples themselves are the thin files beside `Cargo.toml`; what is here is
+//! what their tests can call too.
+#![forbid(unsafe_code)]
+
+pub mod dedup;

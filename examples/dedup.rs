@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Identical pages of running guests, merged and repointed through `change_pte`. See `README.md` beside this file, and
+//! `--help`.
+#![forbid(unsafe_code)]
+
+use std::{
+    env,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use examples::dedup::{Options, UsageError, run};
+
+fn main() -> ExitCode {
+    let options = match Options::from_args(env::args_os()) {
+        Ok(options) => options,
+        Err(UsageError::Help(text)) => {
+            print!("{text}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("dedup: {error}");
+            return ExitCode::from(error.exit_code());
+        }
+    };
+    let interrupt = Arc::new(AtomicBool::new(false));
+    let handler = {
+        let interrupt = Arc::clone(&interrupt);
+        move || interrupt.store(true, Ordering::Relaxed)
+    };
+    if let Err(error) = ctrlc::set_handler(handler) {
+        eprintln!("dedup: Ctrl-C will end without a report: {error}");
+    }
+    let report = match run(&options, &interrupt) {
+        Ok(report) => report,
+        Err(error) => {
+            eprintln!("dedup: {error}");
+            return ExitCode::from(error.exit_code());
+        }
+    };
+    println!("{report}");
+    if options.json {
+        match report.json() {
+            Ok(json) => println!("{json}"),
+            Err(error) => {
+                eprintln!("dedup: {error}");
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    if report.exit_code() != 0 {
+        eprintln!("dedup: {}", report.complaint());
+    }
+    ExitCode::from(report.exit_code())
+}

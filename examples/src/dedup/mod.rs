@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `dedup`: identical pages of running guests are merged, and repointed through `change_pte`.
+//!
+//! Guests are threads (vCPUs and devices) that reach their memory only by walking their guest's EPT-format table. A
+//! merger looks for pages of equal contents in all guests, keeps one copy in a *store* and gives the others' memory
+//! back to the host, while the guests run, write and check what they read.
+//!
+//! ```text
+//!   vcpu, device      walk the table inside a scope; fault
+//!   guest             space, table, slots: what belongs to one guest
+//!   mapping           where each page's contents are: its home frame, or a frame of the store
+//!   merger            finds equal pages, opens a window, compares, repoints, gives memory back
+//!   store, memory     frames: memory files, their blocks
+//!   ledger            what each page must read, written down beside the memory by whoever writes
+//! ```
+//!
+//! The contents of a page are at its home until they are *merged* into a frame of the store, and there until a write
+//! *un-merges* them. Both moves happen inside a window over the page, and only there; that is the whole rule, and
+//! `--unsafe-no-fence` and `--unsafe-no-notify` are what becomes of guests when it is broken.
+
+mod access;
+mod cli;
+mod clock;
+mod damage;
+mod device;
+mod dirty;
+mod error;
+mod guest;
+mod images;
+mod job;
+mod ledger;
+mod mapping;
+mod memory;
+mod merger;
+mod plot;
+mod progress;
+mod report;
+mod store;
+mod table;
+mod tally;
+mod vcpu;
+
+pub use cli::{Backend, MergeMode, Options, Safety, UsageError};
+pub use error::Error;
+pub use images::ImageError;
+pub use job::run;
+pub use report::{Report, Sample};

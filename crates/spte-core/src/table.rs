@@ -21,7 +21,7 @@
 use alloc::{sync::Arc, vec::Vec};
 use core::{fmt, ptr::NonNull, slice};
 
-use notifier_core::primitive::{AtomicUsize, Backoff, Ordering, Pin};
+use notifier_core::primitive::{AtomicUsize, Backoff, Ordering, Pin, Twin, broken};
 use notifier_core::{AddrRange, Gpa, GpaRange, OutputAddr, Space};
 
 use crate::{
@@ -448,7 +448,8 @@ impl<'p, F: Format, P: PageSource, X: Flush> Cursor<'_, 'p, F, P, X> {
                         Some(child) => node = child,
                         None => return Some((cell, raw)),
                     },
-                    View::Claimed => {
+                    // With a twin: a claim is passed over, as if nothing would come of it.
+                    View::Claimed if !broken(Twin::ZapSkipsClaim) => {
                         self.node = Some(node);
                         backoff.snooze();
                         break;

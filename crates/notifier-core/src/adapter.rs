@@ -64,7 +64,7 @@ pub enum CallMapError {
         /// The extent's guest range.
         range: GpaRange,
     },
-    /// Something is mapped there already.
+    /// Something else is mapped there already.
     #[error("{range} overlaps {mapped}, which is mapped")]
     Present {
         /// The extent's guest range.
@@ -121,7 +121,8 @@ impl<C: CallConsumer> CallAdapter<C> {
         &self.consumer
     }
 
-    /// Maps what was resolved; for use inside [`Resolved::install`](crate::Resolved::install).
+    /// Maps what was resolved; for use inside [`Resolved::install`](crate::Resolved::install). What is mapped so already
+    /// stays; what is mapped with fewer rights is unmapped and mapped again.
     ///
     /// # Errors
     /// See [`CallMapError`].
@@ -135,8 +136,14 @@ impl<C: CallConsumer> CallAdapter<C> {
             if !mapped.joined {
                 return Err(CallMapError::Left);
             }
-            if let Some(other) = mapped.overlapping(range).next() {
-                return Err(CallMapError::Present { range, mapped: other.guest });
+            let present = mapped.overlapping(range).next();
+            match present {
+                Some(other) if other.guest != range || other.output != extent.output => {
+                    return Err(CallMapError::Present { range, mapped: other.guest });
+                }
+                // A fault that came back for what it had mapped.
+                Some(other) if other.access.contains(extent.access) => continue,
+                _ => {}
             }
             match admission.check(range) {
                 Ok(()) => {}
@@ -145,6 +152,11 @@ impl<C: CallConsumer> CallAdapter<C> {
                     drop(mapped);
                     return Err(admission.retry().into());
                 }
+            }
+            if let Some(lesser) = present {
+                // Calls have no upgrade; between the two the device faults, as after any window.
+                self.consumer.unmap(&lesser).map_err(|source| CallMapError::Call { range, source })?;
+                mapped.extents.remove(&range.start());
             }
             self.consumer.map(&extent).map_err(|source| CallMapError::Call { range, source })?;
             mapped.extents.insert(range.start(), extent);

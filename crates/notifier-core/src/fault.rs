@@ -121,8 +121,11 @@ impl Line {
         }
         {
             let mut poisoners = self.poisoners.lock();
-            poisoners.retain(|(old, _)| *old >= generation);
-            poisoners.push((generation, record.key()));
+            // One is enough for the report, and a fault that was leaked is poisoned again and again.
+            if poisoners.iter().all(|(old, _)| *old < generation) {
+                poisoners.clear();
+                poisoners.push((generation, record.key()));
+            }
         }
         // Never lowers: a window that was slow must not wipe out the poison of a later fault.
         self.poison.fetch_max(generation, Ordering::AcqRel);
@@ -193,7 +196,10 @@ impl Retry {
     /// As [`Retry::wait`], but no longer than `timeout`. Whether no window is open.
     #[cfg(all(feature = "std", not(loom)))]
     pub fn wait_timeout(&self, timeout: core::time::Duration) -> bool {
-        let deadline = std::time::Instant::now() + timeout;
+        let Some(deadline) = std::time::Instant::now().checked_add(timeout) else {
+            self.wait();
+            return true;
+        };
         while let Some(record) = self.space.inner().overlapping_window(&self.place) {
             if !record.wait_until_closed_by(deadline) {
                 return false;
@@ -282,16 +288,19 @@ impl<'w> Fault<'w> {
             let fault = Self { inner, line, generation, guest, slots, slot };
             // F1.
             fence_unless(Twin::PublishFence, Ordering::SeqCst);
-            // Slots change inside windows. One that opened before the range was published, and closed again, did not
-            // poison it: then the slots are to be looked up once more. (One that opened later did.)
-            if inner.slots_generation.load(Ordering::Relaxed) != slots_generation {
-                continue;
-            }
-            if inner.count.load(Ordering::Relaxed) != 0
+            // Acquire, here and in the look at the set: a window that is found closed had changed its host mappings
+            // before, and the resolver must see them so.
+            if inner.count.load(Ordering::Acquire) != 0
                 && let Some(record) = inner.overlapping_window(&fault.place())
             {
                 line.retries.store(line.retries.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
                 return Err(Retry::new(inner, fault.place(), Some(record.key())).into());
+            }
+            // Slots change inside windows. One that opened before the range was published did not poison it; it was found
+            // open just now, or it had closed: then (and so only after that look) its change of slots is seen here, and
+            // the slots are to be looked up once more.
+            if inner.slots_generation.load(Ordering::Relaxed) != slots_generation {
+                continue;
             }
             return Ok(fault);
         }

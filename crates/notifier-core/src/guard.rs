@@ -165,6 +165,18 @@ pub enum ChangeError<A: WindowAddress> {
         /// What the window covers.
         window: AddrRange<A>,
     },
+    /// The calling thread is inside a scope of this space: the flush would wait for it for ever. Nothing was changed.
+    #[error("pages of {window} were to be repointed inside the caller's own scope")]
+    InScope {
+        /// What the window covers.
+        window: AddrRange<A>,
+    },
+    /// The caller is a subscriber's callback of this space. Nothing was changed.
+    #[error("pages of {window} were to be repointed inside a subscriber's callback")]
+    InCallback {
+        /// What the window covers.
+        window: AddrRange<A>,
+    },
     /// A subscriber neither repointed nor zapped. The pages have no outcome; entries of other subscribers may have
     /// changed. No old page may be reused before the window has closed without error.
     #[error("{id} ({name}) neither repointed nor zapped: {source}")]
@@ -278,8 +290,7 @@ impl<A: WindowAddress> InvalidationGuard<'_, Zapped, A> {
     /// Marks the window's guest bytes as not populated (unplugged, ballooned out): faults on them are refused, and
     /// joining subscribers are not told of them, until [`Space::populate`].
     pub fn discard(&self) {
-        let parts = self.record().reach().iter().filter_map(|stretch| stretch.guest);
-        self.inner.change_holes(|holes| parts.for_each(|part| holes.insert(part)));
+        self.inner.discard(A::key(self.range));
     }
 }
 
@@ -299,6 +310,12 @@ impl<A: WindowAddress> InvalidationGuard<'_, Retained, A> {
     /// [`ChangeError`]: all but its last variant mean that nothing was done.
     pub fn change_pte(&self, changes: &[Change<A>]) -> Result<Vec<Changed<A>>, ChangeError<A>> {
         let inner = &*self.inner;
+        if inner.in_callback() {
+            return Err(ChangeError::InCallback { window: self.range });
+        }
+        if crate::scope::in_own_scope(inner) {
+            return Err(ChangeError::InScope { window: self.range });
+        }
         let page_size = inner.page_size;
         let mut order: Vec<A> = Vec::with_capacity(changes.len());
         for &Change { page, expected, new } in changes {
@@ -316,13 +333,17 @@ impl<A: WindowAddress> InvalidationGuard<'_, Retained, A> {
             return Err(ChangeError::Twice { page: pair[0] });
         }
 
-        // Each place where a page appears is a page of the batch; `whose` says which change it belongs to.
+        // Each place where a page appears is a page of the batch; `whose` says which change it belongs to. The places of
+        // now, not of when the window opened: where a slot was replaced meanwhile, another page may be, and may be
+        // translated. So slots stay as they are until this is done.
+        let _slots_stay = inner.slots_stay.together();
+        let slots = inner.slots.load();
         let record = self.record();
         let mut pages = Vec::with_capacity(changes.len());
         let mut whose = Vec::with_capacity(changes.len());
         for (index, change) in changes.iter().enumerate() {
             let Ok(range) = AddrRange::with_len(change.page, page_size) else { continue };
-            for Stretch { guest, host } in record.reach_of(A::key(range)) {
+            for Stretch { guest, host } in A::key(range).reach(&slots) {
                 pages.push(PageChange {
                     guest: guest.map(|range| range.start()),
                     host: host.map(|range| range.start()),
@@ -346,7 +367,7 @@ impl<A: WindowAddress> InvalidationGuard<'_, Retained, A> {
             }
             outcomes.fill(PageOutcome::Absent);
             let member = &participant.member;
-            let changed = member.call(inner, |subscriber| subscriber.change_pte(&batch, &mut outcomes));
+            let changed = member.call(inner, false, |subscriber| subscriber.change_pte(&batch, &mut outcomes));
             match changed {
                 None => continue,
                 Some(Ok(())) => {}
@@ -354,7 +375,7 @@ impl<A: WindowAddress> InvalidationGuard<'_, Retained, A> {
                 Some(Err(_)) => {
                     let reach = batch.stretches();
                     let part = crate::subscriber::Coverage { reach: &reach, ..record.coverage(false) };
-                    if let Some(Err(source)) = member.call(inner, |subscriber| subscriber.zap(&part)) {
+                    if let Some(Err(source)) = member.call(inner, false, |subscriber| subscriber.zap(&part)) {
                         return Err(ChangeError::Subscriber { id: member.id(), name: member.name().into(), source });
                     }
                     outcomes.fill(PageOutcome::Zapped { found: None });
@@ -417,6 +438,12 @@ impl<A: WindowAddress> InvalidationGuard<'_, Retained, A> {
     pub fn zap(&self, part: AddrRange<A>) -> Result<(), SettleError<A>> {
         if !self.range.covers(&part) {
             return Err(SettleError::OutsideWindow { part, window: self.range });
+        }
+        if self.inner.in_callback() {
+            return Err(CloseCause::InCallback.into());
+        }
+        if crate::scope::in_own_scope(&self.inner) {
+            return Err(CloseCause::InScope.into());
         }
         self.record().zap(&self.inner, A::key(part))?;
         add(&self.inner.counters.zaps, part.len().div_ceil(self.inner.page_size));

@@ -5,9 +5,10 @@
 //! [`Lease`] over its bytes. A window that overlaps one asks for it back, waits for it, or fails
 //! ([`LeasePolicy`]); it never goes on beside it.
 //!
-//! *Neither misses the other.* A lease is entered under the lock of the leases, and looks at the open windows after
-//! that; a window is recorded before it takes the same lock to look at the leases. So either the window finds the lease,
-//! or the lease was entered after the window looked, and finds the window.
+//! *Neither misses the other.* A lease looks at the open windows and is entered in one hold of the lock of the leases; a
+//! window is recorded before it takes the same lock to look at the leases. So either the window finds the lease, or the
+//! window looked before, and the lease finds it and is not entered. (Entered first and taken back, it would be in the way
+//! of other windows meanwhile.)
 
 use alloc::{string::String, sync::Arc, vec::Vec};
 use core::fmt;
@@ -123,7 +124,7 @@ impl Leases {
     pub(crate) fn settle(&self, key: Key, options: OpenOptions) -> Result<(), OpenError> {
         #[cfg(all(feature = "std", not(loom)))]
         let deadline = match options.leases {
-            LeasePolicy::CancelFor(timeout) => Some(std::time::Instant::now() + timeout),
+            LeasePolicy::CancelFor(timeout) => std::time::Instant::now().checked_add(timeout),
             _ => None,
         };
         let mut asked: Vec<LeaseId> = Vec::new();
@@ -204,23 +205,20 @@ impl Lease {
                 return Err(LeaseError::CrossesSlot { range, slot: slot.id(), covered: slot.guest() });
             }
             let place = Stretch { guest: Some(range), host: slot.and_then(|slot| slot.host_of(range)) };
-            let id = {
-                let mut entries = inner.leases.entries.lock();
-                entries.next += 1;
-                let id = LeaseId(entries.next);
-                let cancelled = Arc::clone(&cancelled);
-                entries.all.push(Entry { id, place, request: request.clone(), cancelled });
-                id
-            };
-            let lease = Self { inner: Arc::clone(inner), id, range, cancelled: Arc::clone(&cancelled) };
-            // As for faults: slots that changed since they were looked up are to be looked up again.
-            if inner.slots_generation.load(Ordering::Acquire) != slots_generation {
-                continue;
-            }
+            let mut entries = inner.leases.entries.lock();
             if let Some(record) = inner.overlapping_window(&place) {
                 return Err(Retry::new(inner, place, Some(record.key())).into());
             }
-            return Ok(lease);
+            // As for faults: slots that changed since they were looked up are to be looked up again, and only after the
+            // look at the windows can that be known.
+            if inner.slots_generation.load(Ordering::Acquire) != slots_generation {
+                continue;
+            }
+            entries.next += 1;
+            let id = LeaseId(entries.next);
+            entries.all.push(Entry { id, place, request, cancelled: Arc::clone(&cancelled) });
+            drop(entries);
+            return Ok(Self { inner: Arc::clone(inner), id, range, cancelled });
         }
     }
 

@@ -141,15 +141,15 @@ impl Backoff {
 
 #[cfg(all(feature = "std", not(loom)))]
 mod lock {
-    pub(super) use parking_lot::{Condvar, Mutex, MutexGuard};
+    pub(super) use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 }
 #[cfg(loom)]
 mod lock {
-    pub(super) use loom::sync::{Condvar, Mutex, MutexGuard};
+    pub(super) use loom::sync::{Condvar, Mutex, MutexGuard, RwLock};
 }
 #[cfg(all(not(feature = "std"), not(loom)))]
 mod lock {
-    pub(super) use spin::{Mutex, MutexGuard};
+    pub(super) use spin::{Mutex, MutexGuard, RwLock};
 }
 
 /// A mutual exclusion lock without poisoning.
@@ -171,6 +171,28 @@ impl<T> Mutex<T> {
         return self.0.lock();
         #[cfg(loom)]
         return self.0.lock().unwrap();
+    }
+}
+
+/// Lets many pass together, or one alone.
+#[derive(Debug, Default)]
+pub struct Gate(lock::RwLock<()>);
+
+impl Gate {
+    /// Passes, with others who do the same.
+    pub fn together(&self) -> impl Drop + '_ {
+        #[cfg(not(loom))]
+        return self.0.read();
+        #[cfg(loom)]
+        return self.0.read().unwrap();
+    }
+
+    /// Passes when nobody else is inside, and keeps all others out.
+    pub fn alone(&self) -> impl Drop + '_ {
+        #[cfg(not(loom))]
+        return self.0.write();
+        #[cfg(loom)]
+        return self.0.write().unwrap();
     }
 }
 

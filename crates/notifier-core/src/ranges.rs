@@ -54,6 +54,13 @@ impl<A: Address> RangeSet<A> {
         }
     }
 
+    /// The parts of `range` that are in the set, ascending.
+    pub(crate) fn within(&self, range: AddrRange<A>) -> Vec<AddrRange<A>> {
+        let first = self.ranges.range(..=range.start()).next_back().map_or(range.start(), |(&s, _)| s);
+        let near = self.ranges.range(first..range.end());
+        near.filter_map(|(&s, &e)| AddrRange::new(s, e).ok()?.intersection(&range)).collect()
+    }
+
     pub(crate) fn overlaps(&self, range: AddrRange<A>) -> bool {
         self.ranges.range(..range.end()).next_back().is_some_and(|(_, &e)| e > range.start())
     }

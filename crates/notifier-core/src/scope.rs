@@ -55,9 +55,12 @@ impl Walker {
 
     /// Begins a fault: a snapshot of `range`, taken before anything about it is resolved.
     ///
+    /// A scope that was leaked is ended by this.
+    ///
     /// # Errors
     /// See [`FaultError`].
     pub fn fault(&mut self, range: GpaRange) -> Result<Fault<'_>, FaultError> {
+        self.line.end_leaked_scope();
         Fault::begin(&self.inner, &self.line, range)
     }
 }
@@ -175,8 +178,9 @@ impl Line {
         let before = self.scope.load(Ordering::Relaxed);
         self.owner.store(context(), Ordering::Relaxed);
         // Odd: inside. Where the last scope was leaked the number is odd already; the new one is the next odd number, so
-        // that whoever waits for the leaked one goes on.
-        self.scope.store((before + 1) | 1, Ordering::Relaxed);
+        // that whoever waits for the leaked one goes on. Release: whoever sees this scope sees whose it is; the owner
+        // before may have been the very thread that looks, and would take the scope for its own.
+        self.scope.store((before + 1) | 1, Ordering::Release);
         // The walker's half of the Dekker.
         fence_unless(Twin::ScopeFence, Ordering::SeqCst);
     }
@@ -199,11 +203,16 @@ impl Line {
         self.owner.load(Ordering::Relaxed)
     }
 
-    fn give_back(&self) {
-        // What a leaked scope or fault left behind ends with its walker.
-        if self.current_scope().is_some() {
+    /// The caller has the line to itself, and no scope of it is alive.
+    fn end_leaked_scope(&self) {
+        if self.scope.load(Ordering::Relaxed) & 1 == 1 {
             self.leave_scope();
         }
+    }
+
+    fn give_back(&self) {
+        // What a leaked scope or fault left behind ends with its walker.
+        self.end_leaked_scope();
         self.retract();
         self.in_use.store(false, Ordering::Release);
     }

@@ -83,6 +83,9 @@ pub enum SlotError {
     /// The caller is a subscriber's callback of this space.
     #[error("slots changed inside a subscriber's callback")]
     InCallback,
+    /// The calling thread is inside a scope of this space: the flush would wait for it for ever.
+    #[error("slots changed inside the caller's own scope")]
+    InScope,
     /// The window over the slots could not be opened; the slots are as they were, what was zapped stays zapped.
     #[error("slots unchanged: {0}")]
     Window(#[from] crate::window::OpenError),
@@ -141,6 +144,11 @@ impl Slot {
 
     pub(crate) fn is_retired(&self) -> bool {
         self.retired.load(Ordering::Acquire)
+    }
+
+    /// The same slot, serving.
+    pub(crate) fn revived(&self) -> Arc<Self> {
+        Arc::new(Self { retired: AtomicBool::new(false), ..*self })
     }
 
     pub(crate) fn retire(&self) {
@@ -206,6 +214,13 @@ impl SlotMap {
     pub(crate) fn insert(&mut self, slot: Arc<Slot>) {
         let at = self.slots.partition_point(|other| other.guest().start() < slot.guest().start());
         self.slots.insert(at, slot);
+    }
+
+    /// What slots have of `range` is not populated.
+    pub(crate) fn insert_hole(&mut self, range: GpaRange) {
+        for slot in &self.slots {
+            slot.guest().intersection(&range).into_iter().for_each(|part| self.holes.insert(part));
+        }
     }
 
     pub(crate) fn remove(&mut self, id: SlotId) {

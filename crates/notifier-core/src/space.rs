@@ -12,13 +12,13 @@ use crate::{
     fault::{Admission, Fault, FaultError, Line},
     guard::{InvalidationGuard, OwnedInvalidationGuard, Retained, WindowMode, Zapped},
     lease::{Lease, LeaseError, LeasePolicy, LeaseRequest},
-    primitive::{AtomicU64, AtomicUsize, Mutex, Ordering, Pin, Reclaim, Snapshot, fence},
+    primitive::{AtomicU64, AtomicUsize, Gate, Mutex, Ordering, Pin, Reclaim, Snapshot, fence},
     ranges::RangeSet,
     scope::{ScopeWaitError, Walker, wait_for_scopes},
     slots::{Slot, SlotError, SlotId, SlotMap, SlotSpec, Stretch},
     subscriber::{DirtySink, Interest, Mode, Subscriber, SubscriberError, SubscriberId},
     subscription::{self, JoinError, Member, Subscription},
-    window::{Key, OpenError, OpenOptions, OpenWindows, Record, WindowAddress, finish, open},
+    window::{CloseCause, Key, OpenError, OpenOptions, OpenWindows, Record, WindowAddress, finish, open},
 };
 
 /// What is decided in one hold of the registry's lock.
@@ -67,6 +67,11 @@ pub(crate) struct Inner {
     walkers: Mutex<()>,
     /// Serialises changes of slots.
     slot_changes: Mutex<()>,
+    /// Passed together by who relies on the slots for a while, and alone by their change.
+    pub(crate) slots_stay: Gate,
+    /// For the reaper, which must not keep the space.
+    #[cfg(all(feature = "std", not(loom)))]
+    me: alloc::sync::Weak<Inner>,
     pub(crate) leases: crate::lease::Leases,
     pub(crate) counters: WindowCounters,
     pub(crate) reclaim: Reclaim,
@@ -99,7 +104,10 @@ impl Inner {
     /// told apart.
     pub(crate) fn in_callback(&self) -> bool {
         #[cfg(all(feature = "std", not(loom)))]
-        return CALLBACKS.with_borrow(|spaces| spaces.contains(&(core::ptr::from_ref(self) as usize)));
+        // A thread that has no such storage any more is ending, and runs no callback.
+        return CALLBACKS
+            .try_with(|spaces| spaces.borrow().contains(&(core::ptr::from_ref(self) as usize)))
+            .unwrap_or(false);
         #[cfg(any(not(feature = "std"), loom))]
         return false;
     }
@@ -111,9 +119,10 @@ impl Inner {
     ) -> Result<R, SubscriberError> {
         #[cfg(all(feature = "std", not(loom)))]
         {
-            CALLBACKS.with_borrow_mut(|spaces| spaces.push(core::ptr::from_ref(self) as usize));
+            // Without storage (a guard that is dropped while its thread ends) a callback cannot be told from others.
+            let _ = CALLBACKS.try_with(|spaces| spaces.borrow_mut().push(core::ptr::from_ref(self) as usize));
             let result = std::panic::catch_unwind(core::panic::AssertUnwindSafe(callback));
-            CALLBACKS.with_borrow_mut(|spaces| spaces.pop());
+            let _ = CALLBACKS.try_with(|spaces| spaces.borrow_mut().pop());
             result.unwrap_or(Err(SubscriberError::Panicked))
         }
         #[cfg(any(not(feature = "std"), loom))]
@@ -133,8 +142,23 @@ impl Inner {
     pub(crate) fn leave_to_reaper(&self, record: Arc<Record>) {
         self.unfinished.push(record);
         #[cfg(all(feature = "std", not(loom)))]
-        if let Some(reaper) = &*self.reaper.lock() {
-            reaper.wake();
+        {
+            self.have_reaper();
+            if let Some(reaper) = &*self.reaper.lock() {
+                reaper.wake();
+            }
+        }
+    }
+
+    /// Makes sure that there is a thread that closes windows whose guards went away. Where none can be made, such windows
+    /// wait for [`Space::reap`].
+    fn have_reaper(&self) {
+        #[cfg(all(feature = "std", not(loom)))]
+        {
+            let mut reaper = self.reaper.lock();
+            if reaper.is_none() {
+                *reaper = crate::reaper::Reaper::spawn(self.me.clone());
+            }
         }
     }
 
@@ -158,12 +182,70 @@ impl Inner {
         self.slots_generation.fetch_add(1, Ordering::Release);
     }
 
-    pub(crate) fn change_holes(&self, change: impl FnOnce(&mut RangeSet<Gpa>)) {
+    /// Makes holes of what slots have of `key`.
+    pub(crate) fn discard(&self, key: Key) {
         let mut registry = self.registry.lock();
-        change(&mut registry.walked.holes);
-        let mut serving = (*self.slots.load()).clone();
-        serving.holes = registry.walked.holes.clone();
-        self.serve(serving);
+        for part in key.reach(&registry.walked).iter().filter_map(|stretch| stretch.guest) {
+            registry.walked.insert_hole(part);
+        }
+        self.serve(registry.walked.clone());
+    }
+
+    /// Fills the holes of `range`, and says which there were.
+    fn fill(&self, range: GpaRange) -> Vec<GpaRange> {
+        let mut registry = self.registry.lock();
+        let holes = registry.walked.holes.within(range);
+        if !holes.is_empty() {
+            registry.walked.holes.remove(range);
+            self.serve(registry.walked.clone());
+        }
+        holes
+    }
+
+    /// Removes some slots and adds others, inside windows over all of them. The caller holds `slot_changes`.
+    fn swap_slots(
+        &self,
+        old: &[Arc<Slot>],
+        new: &[Arc<Slot>],
+        holes: &[GpaRange],
+    ) -> Result<Option<CloseCause>, OpenError> {
+        // A window over each range that changes. From the moment it is recorded no fault there is served; when it is open,
+        // whatever was mapped through a removed slot is gone, and so is what was installed for want of memory (MMIO
+        // markers) where a slot appears. Only then do the sets change.
+        let mut ranges: RangeSet<Gpa> = RangeSet::default();
+        old.iter().chain(new).for_each(|slot| ranges.insert(slot.guest()));
+        let mut windows: Vec<Arc<Record>> = Vec::new();
+        let finish_all = |windows: Vec<Arc<Record>>| {
+            let mut stuck = None;
+            for record in windows.into_iter().rev() {
+                if let Err(cause) = finish(self, &record) {
+                    self.leave_unfinished(record);
+                    stuck = Some(cause);
+                }
+            }
+            stuck
+        };
+        for range in ranges.iter() {
+            match open(self, Key::Guest(range), Mode::Zapped, OpenOptions::default()) {
+                Ok(record) => windows.push(record),
+                Err(error) => {
+                    finish_all(windows);
+                    return Err(error);
+                }
+            }
+        }
+        {
+            let _nobody_relies_on_slots = self.slots_stay.alone();
+            let mut registry = self.registry.lock();
+            for slot in old {
+                slot.retire();
+                registry.walked.remove(slot.id());
+            }
+            new.iter().for_each(|slot| registry.walked.insert(Arc::clone(slot)));
+            holes.iter().for_each(|&hole| registry.walked.holes.insert(hole));
+            self.serve(registry.walked.clone());
+        }
+        Ok(finish_all(windows))
     }
 }
 
@@ -189,7 +271,7 @@ pub struct Progress {
 pub struct SpaceBuilder {
     page_size: u64,
     sink: Box<dyn DirtySink>,
-    reclaim: Reclaim,
+    reclaim: Option<Reclaim>,
 }
 
 impl fmt::Debug for SpaceBuilder {
@@ -230,7 +312,7 @@ impl SpaceBuilder {
     /// the latest, with the space. Pins are slower. For tests; and always so without std.
     #[must_use]
     pub fn private_reclaim(mut self) -> Self {
-        self.reclaim = Reclaim::private();
+        self.reclaim = Some(Reclaim::private());
         self
     }
 
@@ -238,13 +320,13 @@ impl SpaceBuilder {
     #[cfg(loom)]
     #[must_use]
     pub fn no_reclaim(mut self) -> Self {
-        self.reclaim = Reclaim::never();
+        self.reclaim = Some(Reclaim::never());
         self
     }
 
     /// The space.
     pub fn build(self) -> Space {
-        Space(Arc::new(Inner {
+        let inner = |_me: &alloc::sync::Weak<Inner>| Inner {
             count: AtomicUsize::new(0),
             sequence: AtomicU64::new(0),
             registry: Mutex::new(Registry {
@@ -261,14 +343,18 @@ impl SpaceBuilder {
             lines: Snapshot::new(Vec::new()),
             walkers: Mutex::new(()),
             slot_changes: Mutex::new(()),
+            slots_stay: Gate::default(),
+            #[cfg(all(feature = "std", not(loom)))]
+            me: _me.clone(),
             leases: crate::lease::Leases::default(),
             counters: WindowCounters::default(),
-            reclaim: self.reclaim,
+            reclaim: self.reclaim.unwrap_or_else(Reclaim::shared),
             page_size: self.page_size,
             sink: self.sink,
             unfinished: SegQueue::new(),
             reaper: Mutex::default(),
-        }))
+        };
+        Space(Arc::new_cyclic(inner))
     }
 }
 
@@ -299,7 +385,7 @@ impl Space {
 
     /// A space made to measure.
     pub fn builder() -> SpaceBuilder {
-        SpaceBuilder { page_size: 4096, sink: Box::new(()), reclaim: Reclaim::shared() }
+        SpaceBuilder { page_size: 4096, sink: Box::new(()), reclaim: None }
     }
 
     pub(crate) fn from_inner(inner: Arc<Inner>) -> Self {
@@ -354,7 +440,8 @@ impl Space {
         let count = self.0.count.load(Ordering::Relaxed);
         // I2, the observer's half: whoever saw the count fall sees the sequence moved.
         fence(Ordering::Acquire);
-        Progress { count, sequence: self.0.sequence.load(Ordering::Relaxed) }
+        // Acquire: what is looked up after this is not older than the sequence says.
+        Progress { count, sequence: self.0.sequence.load(Ordering::Acquire) }
     }
 
     /// Linux's test (`mmu_invalidate_retry`): whether something looked up after the sequence was read as `snapshot` may
@@ -484,7 +571,7 @@ impl Space {
         };
         let mut answer = Ok(false);
         for member in members.iter().filter(|member| member.interest().meets(&reach)) {
-            match (member.call(&self.0, |subscriber| question(subscriber, &reach)), &mut answer) {
+            match (member.try_call(&self.0, |subscriber| question(subscriber, &reach)), &mut answer) {
                 (Some(Ok(young)), Ok(any)) => *any |= young,
                 (Some(Err(error)), Ok(_)) => answer = Err(error),
                 _ => {}
@@ -522,7 +609,11 @@ impl Space {
         if inner.in_callback() {
             return Err(SlotError::InCallback);
         }
-        let one_at_a_time = inner.slot_changes.lock();
+        // Before the lock: whoever holds it may be waiting for this scope.
+        if crate::scope::in_own_scope(inner) {
+            return Err(SlotError::InScope);
+        }
+        let _one_at_a_time = inner.slot_changes.lock();
         let mut serving = (*inner.slots.load()).clone();
         let old: Vec<Arc<Slot>> = remove
             .iter()
@@ -541,53 +632,29 @@ impl Space {
             new.push(slot);
         }
 
-        // A window over each range that changes. From the moment it is recorded no fault there is served; when it is open,
-        // whatever was mapped through a removed slot is gone, and so is what was installed for want of memory (MMIO
-        // markers) where a slot appears. Only then do the sets change.
-        let mut ranges: RangeSet<Gpa> = RangeSet::default();
-        old.iter().chain(&new).for_each(|slot| ranges.insert(slot.guest()));
-        let mut windows: Vec<Arc<Record>> = Vec::new();
-        for range in ranges.iter() {
-            match open(inner, Key::Guest(range), Mode::Zapped, OpenOptions::default()) {
-                Ok(record) => windows.push(record),
-                Err(error) => {
-                    for record in windows.into_iter().rev() {
-                        if finish(inner, &record).is_err() {
-                            inner.leave_unfinished(record);
-                        }
-                    }
-                    return Err(error.into());
-                }
-            }
-        }
-        {
-            let mut registry = inner.registry.lock();
-            for slot in &old {
-                slot.retire();
-                registry.walked.remove(slot.id());
-            }
-            new.iter().for_each(|slot| registry.walked.insert(Arc::clone(slot)));
-            inner.serve(registry.walked.clone());
-        }
-        let mut stuck = None;
-        for record in windows.into_iter().rev() {
-            if let Err(cause) = finish(inner, &record) {
-                inner.leave_unfinished(record);
-                stuck = Some(cause);
-            }
-        }
-        if let Some(cause) = stuck {
+        let holes: Vec<GpaRange> = {
+            let registry = inner.registry.lock();
+            old.iter().flat_map(|slot| registry.walked.holes.within(slot.guest())).collect()
+        };
+        if let Some(cause) = inner.swap_slots(&old, &new, &[])? {
             return Err(SlotError::Close(cause));
         }
         for slot in &new {
             let stretch = Stretch { guest: Some(slot.guest()), host: slot.host() };
             if let Err((id, name, source)) = subscription::populate(inner, stretch) {
-                let ids: Vec<_> = new.iter().map(|slot| slot.id()).collect();
-                drop(one_at_a_time);
-                // Nobody keeps what not everybody can have.
-                self.replace_slots(&ids, &[])?;
-                let key = Key::Guest(slot.guest());
-                return Err(OpenError::Subscriber { key, id, name, source }.into());
+                // Nobody keeps what not everybody can have: the slots become what they were.
+                let back: Vec<_> = old.iter().map(|slot| slot.revived()).collect();
+                if let Some(cause) = inner.swap_slots(&new, &back, &holes)? {
+                    return Err(SlotError::Close(cause));
+                }
+                for slot in &back {
+                    for guest in inner.slots.load().holes.missing_from(slot.guest()) {
+                        // They had it before.
+                        let stretch = Stretch { guest: Some(guest), host: slot.host_of(guest) };
+                        let _ = subscription::populate(inner, stretch);
+                    }
+                }
+                return Err(OpenError::Subscriber { key: Key::Guest(slot.guest()), id, name, source }.into());
             }
         }
         Ok(new.iter().map(|slot| slot.id()).collect())
@@ -621,14 +688,18 @@ impl Space {
     /// These guest bytes are populated (again): faults on them are served, and subscribers that map ahead are told.
     ///
     /// # Errors
-    /// [`OpenError::Subscriber`] where a subscriber could not take them; they are then not populated.
+    /// [`OpenError::Subscriber`] where a subscriber could not take them. What was not populated before is then not
+    /// populated again (unless somebody has taken a lease on it meanwhile).
     pub fn populate(&self, range: GpaRange) -> Result<(), OpenError> {
         let inner = &*self.0;
         let key = Key::Guest(range);
         if inner.in_callback() {
             return Err(OpenError::InCallback { key });
         }
-        inner.change_holes(|holes| holes.remove(range));
+        if crate::scope::in_own_scope(inner) {
+            return Err(OpenError::InScope { key });
+        }
+        let holes = inner.fill(range);
         let stretches: Vec<Stretch> = {
             let registry = inner.registry.lock();
             let within = |stretch: &Stretch| stretch.guest.is_some_and(|g| registry.walked.overlapping(g).is_some());
@@ -636,7 +707,15 @@ impl Space {
         };
         for stretch in stretches {
             if let Err((id, name, source)) = subscription::populate(inner, stretch) {
-                inner.change_holes(|holes| holes.insert(range));
+                // What was a hole is one again, and nobody keeps what was mapped there meanwhile.
+                for hole in holes {
+                    if let Ok(record) = open(inner, Key::Guest(hole), Mode::Zapped, OpenOptions::default()) {
+                        inner.discard(Key::Guest(hole));
+                        if finish(inner, &record).is_err() {
+                            inner.leave_unfinished(record);
+                        }
+                    }
+                }
                 return Err(OpenError::Subscriber { key, id, name, source });
             }
         }
@@ -717,7 +796,7 @@ impl<'s, A: WindowAddress> WindowBuilder<'s, A> {
     /// # Errors
     /// See [`OpenError`].
     pub fn open_zapped_owned(self) -> Result<OwnedInvalidationGuard<Zapped, A>, OpenError> {
-        self.space.have_reaper();
+        self.space.0.have_reaper();
         self.open().map(OwnedInvalidationGuard::new)
     }
 
@@ -726,21 +805,7 @@ impl<'s, A: WindowAddress> WindowBuilder<'s, A> {
     /// # Errors
     /// See [`OpenError`].
     pub fn open_retained_owned(self) -> Result<OwnedInvalidationGuard<Retained, A>, OpenError> {
-        self.space.have_reaper();
+        self.space.0.have_reaper();
         self.open().map(OwnedInvalidationGuard::new)
-    }
-}
-
-impl Space {
-    /// Makes sure that there is a thread that closes windows whose guards were dropped. Where none can be made, windows
-    /// wait for [`Space::reap`], or for the next window that is opened.
-    fn have_reaper(&self) {
-        #[cfg(all(feature = "std", not(loom)))]
-        {
-            let mut reaper = self.0.reaper.lock();
-            if reaper.is_none() {
-                *reaper = crate::reaper::Reaper::spawn(Arc::downgrade(&self.0));
-            }
-        }
     }
 }

@@ -240,7 +240,7 @@ impl Participant {
             return Ok(());
         }
         let coverage = record.coverage(nonblocking);
-        match self.member.call(inner, |subscriber| subscriber.start(&coverage)) {
+        match self.member.call(inner, nonblocking, |subscriber| subscriber.start(&coverage)) {
             Some(Ok(())) => *stage = Stage::Started,
             // It left meanwhile: it has nothing, and will get nothing.
             None => *stage = Stage::Over,
@@ -255,7 +255,7 @@ impl Participant {
     fn end(&self, inner: &Inner, record: &Record) -> Result<(), SubscriberError> {
         let mut stage = self.stage.lock();
         if *stage == Stage::Started
-            && let Some(result) = self.member.call(inner, |subscriber| subscriber.end(&record.coverage(false)))
+            && let Some(result) = self.member.try_call(inner, |subscriber| subscriber.end(&record.coverage(false)))
         {
             result?;
         }
@@ -360,7 +360,7 @@ impl Record {
             if *stage != Stage::Started {
                 continue;
             }
-            if let Some(Err(source)) = participant.member.call(inner, |subscriber| subscriber.zap(&coverage)) {
+            if let Some(Err(source)) = participant.member.call(inner, false, |subscriber| subscriber.zap(&coverage)) {
                 return Err(participant.member.close_cause(source));
             }
         }
@@ -438,7 +438,7 @@ pub(crate) fn open(inner: &Inner, key: Key, mode: Mode, options: OpenOptions) ->
     if crate::scope::in_own_scope(inner) {
         return Err(OpenError::InScope { key });
     }
-    let record = {
+    let (record, participants) = {
         let mut registry = inner.registry.lock();
         let reach = key.reach(&registry.walked);
         if mode == Mode::Retained
@@ -450,17 +450,14 @@ pub(crate) fn open(inner: &Inner, key: Key, mode: Mode, options: OpenOptions) ->
             return Err(OpenError::Busy { key, open: open.key });
         }
         let members: Vec<_> = registry.members.iter().filter(|m| m.interest().meets(&reach)).cloned().collect();
-        if let Some(pinned) = members.iter().find(|m| m.pins(&reach)) {
-            add(&inner.counters.vetoes, 1);
-            return Err(OpenError::Pinned { key, holder: Holder::Subscriber(pinned.id()), name: pinned.name().into() });
-        }
+        let participants: Vec<_> = members.into_iter().map(Participant::new).collect();
         registry.next_window += 1;
         let record = Arc::new(Record {
             id: registry.next_window,
             key,
             mode,
             reach,
-            participants: Mutex::new(members.into_iter().map(Participant::new).collect()),
+            participants: Mutex::new(participants.clone()),
             settled_host: Mutex::default(),
             settled_guest: Mutex::default(),
             aborted: AtomicBool::new(false),
@@ -471,7 +468,7 @@ pub(crate) fn open(inner: &Inner, key: Key, mode: Mode, options: OpenOptions) ->
         // The count first: who reads 0 after its fence comes before this window's fence, and is seen by it.
         inner.count.fetch_add(1, Ordering::Relaxed);
         inner.open.store(OpenWindows::new(&registry.windows));
-        record
+        (record, participants)
     };
     // W1: the record comes before the look at the faults.
     fence_unless(Twin::RecordFence, Ordering::SeqCst);
@@ -486,23 +483,40 @@ pub(crate) fn open(inner: &Inner, key: Key, mode: Mode, options: OpenOptions) ->
     // From here on a failure ends what was begun. `opening` does so when it is dropped, an unwinding included.
     let opening = Opening { inner, record: Some(record) };
     let record = opening.record();
+    let refused = |member: &Member, source: SubscriberError| {
+        let (id, name) = (member.id(), String::from(member.name()));
+        match source {
+            SubscriberError::WouldBlock if options.nonblocking => OpenError::WouldBlock { key },
+            SubscriberError::Pinned { .. } => {
+                add(&inner.counters.vetoes, 1);
+                OpenError::Pinned { key, holder: Holder::Subscriber(id), name }
+            }
+            source => OpenError::Subscriber { key, id, name, source },
+        }
+    };
+    // Who cannot follow is asked before anybody does anything, but after the window is recorded: it pins nothing new
+    // here from then on.
+    for Participant { member, .. } in participants.iter().map(|participant| &**participant) {
+        match member.call(inner, options.nonblocking, |subscriber| Ok(subscriber.not_invalidatable())) {
+            Some(Ok(Some(part))) if part.meets(record.reach()) => {
+                add(&inner.counters.vetoes, 1);
+                let holder = Holder::Subscriber(member.id());
+                return Err(OpenError::Pinned { key, holder, name: member.name().into() });
+            }
+            Some(Err(source)) => return Err(refused(member, source)),
+            _ => {}
+        }
+    }
     if let Err(blocked) = inner.leases.settle(key, options) {
         if matches!(blocked, OpenError::Pinned { .. }) {
             add(&inner.counters.vetoes, 1);
         }
         return Err(blocked);
     }
-    for participant in record.participants() {
+    // Not those who joined since: they have nothing here and get nothing here, and their own thread starts them.
+    for participant in &participants {
         if let Err(source) = participant.start(inner, record, options.nonblocking) {
-            let (id, name) = (participant.member.id(), String::from(participant.member.name()));
-            return Err(match source {
-                SubscriberError::WouldBlock if options.nonblocking => OpenError::WouldBlock { key },
-                SubscriberError::Pinned { .. } => {
-                    add(&inner.counters.vetoes, 1);
-                    OpenError::Pinned { key, holder: Holder::Subscriber(id), name }
-                }
-                source => OpenError::Subscriber { key, id, name, source },
-            });
+            return Err(refused(&participant.member, source));
         }
     }
     add(&inner.counters.windows, 1);
@@ -570,9 +584,10 @@ pub(crate) fn finish(inner: &Inner, record: &Arc<Record>) -> Result<(), CloseCau
         let mut registry = inner.registry.lock();
         registry.windows.retain(|open| !Arc::ptr_eq(open, record));
         inner.open.store(OpenWindows::new(&registry.windows));
-        // I2: whoever sees the count fall (and then has an acquire fence) sees the sequence moved.
+        // I2: whoever sees the count fall (and then has an acquire fence) sees the sequence moved. Whoever sees the
+        // sequence moved sees all that was changed in the window: what it looks up after that is new.
         let (bump, lower) =
-            (|| inner.sequence.fetch_add(1, Ordering::Relaxed), || inner.count.fetch_sub(1, Ordering::Relaxed));
+            (|| inner.sequence.fetch_add(1, Ordering::Release), || inner.count.fetch_sub(1, Ordering::Relaxed));
         if broken(Twin::CountFirst) {
             lower();
             fence(Ordering::Release);

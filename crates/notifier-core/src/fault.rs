@@ -35,7 +35,7 @@ use core::fmt;
 use crate::{
     access::Access,
     addr::{AddrRange, Gpa, GpaRange, Hva, HvaRange, OutputAddr},
-    primitive::{AtomicBool, AtomicU64, AtomicUsize, Loaded, Mutex, Ordering, Twin, fence, fence_unless},
+    primitive::{AtomicBool, AtomicU64, AtomicUsize, Loaded, Mutex, Ordering, Twin, broken, fence, fence_unless},
     slots::{Slot, SlotFlags, SlotId, SlotMap, Stretch},
     space::{Inner, Space},
     window::{Key, Record},
@@ -283,7 +283,12 @@ impl<'w> Fault<'w> {
                 return Err(FaultError::NotPopulated { range: guest });
             }
             let host = slot.and_then(|index| slots.get(index).host_of(guest));
-            let generation = line.publish(guest, host);
+            // With a twin: only the first page is published, and so it alone is ever checked.
+            let shown = match broken(Twin::CheckFirstPageOnly) {
+                true => AddrRange::with_len(guest.start(), inner.page_size).unwrap_or(guest),
+                false => guest,
+            };
+            let generation = line.publish(shown, host);
             // From here on `fault` retracts when it goes.
             let fault = Self { inner, line, generation, guest, slots, slot };
             // F1.

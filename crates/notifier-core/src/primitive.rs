@@ -40,7 +40,7 @@ pub enum Twin {
     ChangeSkipsClaim,
     /// A closing window lowers the count before it moves the sequence.
     CountFirst,
-    /// A whole leaf table is published with a check of its first page only.
+    /// A fault publishes only the first page of its range: all that is published under it is checked for that page only.
     CheckFirstPageOnly,
     /// An unlink frees the table without exchanging its entries to DEAD.
     UnlinkLeavesChildren,

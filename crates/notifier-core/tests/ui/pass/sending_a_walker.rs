@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+use notifier_core::Walker;
+
+fn send(walker: &mut Walker) {
+    std::thread::scope(|threads| {
+        threads.spawn(move || drop(walker.enter()));
+    });
+}
+
+fn main() {
+    let _ = send;
+}

@@ -361,12 +361,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             let link = format.table(cell.level, private.top()).map_err(|source| MapError::Format { at, source })?;
             (link, Some(private), leaves)
         };
-        // With a twin: a table is checked as if it had only its first page.
-        let first_only = notifier_core::primitive::broken(notifier_core::primitive::Twin::CheckFirstPageOnly);
-        let span = if first_only { AddrRange::with_len(at, self.granule()).unwrap_or(part) } else { part };
         // ---- claimed: nothing from here to the end of the claim allocates, calls, locks or faults ----
         let Some(claim) = cell.claim(format, raw) else { return Ok(false) };
-        if let Err(refused) = self.admitted(admission, span) {
+        if let Err(refused) = self.admitted(admission, part) {
             claim.give_back(format);
             return Err(self.refused(admission, refused, part));
         }
@@ -445,6 +442,10 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let spec = format.spec(cell.level, raw);
         let present = spec.output.wrapping_add(at.as_u64() - cell.start);
         if present != wanted.output || spec.attrs != wanted.attrs {
+            // Mostly the fault was resolved before a window repointed the page. Who reads the new leaf sees the poison too.
+            if let Err(refused) = self.admitted(admission, admission.range()) {
+                return Err(self.refused(admission, refused, admission.range()));
+            }
             return Err(MapError::Conflict { at, present, wanted: wanted.output });
         }
         let mut access = spec.access | wanted.access;

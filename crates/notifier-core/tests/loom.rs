@@ -225,8 +225,8 @@ fn fault_and_zapped_window(close: bool) {
 #[test]
 fn fault_against_zapped_window() {
     let twins = [Twin::PublishFence, Twin::RecordFence, Twin::PoisonFence, Twin::ClaimFence, Twin::Poison];
-    check("fault_against_zapped_window (stays open)", 2, I5, &twins, || fault_and_zapped_window(false));
-    check("fault_against_zapped_window (closes)", 2, I5, &twins, || fault_and_zapped_window(true));
+    check("fault_against_zapped_window (stays open)", 6, I5, &twins, || fault_and_zapped_window(false));
+    check("fault_against_zapped_window (closes)", 6, I5, &twins, || fault_and_zapped_window(true));
 }
 
 const I6: &str = "i6: no right is added once a Retained window has opened";
@@ -266,7 +266,7 @@ fn fault_and_retained_window() {
 #[test]
 fn fault_against_retained_window() {
     let twins = [Twin::PublishFence, Twin::RecordFence, Twin::PoisonFence, Twin::ClaimFence, Twin::Poison];
-    check("fault_against_retained_window", 2, I6, &twins, fault_and_retained_window);
+    check("fault_against_retained_window", 6, I6, &twins, fault_and_retained_window);
 }
 
 const I2: &str = "i2: the sequence moves before the count falls";
@@ -307,7 +307,7 @@ fn observer_and_window() {
 
 #[test]
 fn sequence_before_count() {
-    check("sequence_before_count", 3, I2, &[Twin::CountFirst], observer_and_window);
+    check("sequence_before_count", 6, I2, &[Twin::CountFirst], observer_and_window);
 }
 
 const FLUSH: &str = "i5: a flush waits for the scopes that may use what was removed";
@@ -350,7 +350,7 @@ fn scope_and_flush() {
 
 #[test]
 fn scope_entry_against_flush() {
-    check("scope_entry_against_flush", 3, FLUSH, &[Twin::ScopeFence, Twin::FlushSkipsScopes], scope_and_flush);
+    check("scope_entry_against_flush", 6, FLUSH, &[Twin::ScopeFence, Twin::FlushSkipsScopes], scope_and_flush);
 }
 
 const BESIDE: &str = "a window never goes on beside a lease";
@@ -387,7 +387,7 @@ fn lease_and_window() {
 
 #[test]
 fn lease_against_window() {
-    check("lease_against_window", 2, BESIDE, &[], lease_and_window);
+    check("lease_against_window", 6, BESIDE, &[], lease_and_window);
 }
 
 const PAIRS: &str = "every start has its end, and no end comes without one";
@@ -421,7 +421,7 @@ fn join_and_close() {
 
 #[test]
 fn join_against_window_close() {
-    check("join_against_window_close", 2, PAIRS, &[], join_and_close);
+    check("join_against_window_close", 6, PAIRS, &[], join_and_close);
 }
 
 fn leave_and_open() {
@@ -452,7 +452,7 @@ fn leave_and_open() {
 
 #[test]
 fn leave_against_window_open() {
-    check("leave_against_window_open", 2, I5, &[], leave_and_open);
+    check("leave_against_window_open", 6, I5, &[], leave_and_open);
 }
 
 const SLOTS: &str = "no fault is installed by slots that have changed";
@@ -489,5 +489,5 @@ fn slot_and_fault() {
 
 #[test]
 fn fault_against_slot_change() {
-    check("fault_against_slot_change", 2, SLOTS, &[Twin::PublishFence, Twin::Poison], slot_and_fault);
+    check("fault_against_slot_change", 6, SLOTS, &[Twin::PublishFence, Twin::Poison], slot_and_fault);
 }

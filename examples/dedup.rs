@@ -5,6 +5,7 @@
 
 use std::{
     env,
+    io::{self, Write},
     process::ExitCode,
     sync::{
         Arc,
@@ -12,13 +13,13 @@ use std::{
     },
 };
 
-use examples::dedup::{Options, UsageError, run};
+use examples::dedup::{Options, Report, UsageError, run};
 
 fn main() -> ExitCode {
     let options = match Options::from_args(env::args_os()) {
         Ok(options) => options,
         Err(UsageError::Help(text)) => {
-            print!("{text}");
+            let _ = write!(io::stdout(), "{text}");
             return ExitCode::SUCCESS;
         }
         Err(error) => {
@@ -41,18 +42,24 @@ fn main() -> ExitCode {
             return ExitCode::from(error.exit_code());
         }
     };
-    println!("{report}");
-    if options.json {
-        match report.json() {
-            Ok(json) => println!("{json}"),
-            Err(error) => {
-                eprintln!("dedup: {error}");
-                return ExitCode::FAILURE;
-            }
-        }
+    // Whoever closed the pipe has read enough.
+    if let Err(error) = print(&report, options.json)
+        && error.kind() != io::ErrorKind::BrokenPipe
+    {
+        eprintln!("dedup: cannot write the report: {error}");
+        return ExitCode::FAILURE;
     }
     if report.exit_code() != 0 {
         eprintln!("dedup: {}", report.complaint());
     }
     ExitCode::from(report.exit_code())
+}
+
+fn print(report: &Report, json: bool) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{report}")?;
+    if json {
+        writeln!(out, "{}", report.json()?)?;
+    }
+    out.flush()
 }

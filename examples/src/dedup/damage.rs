@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Finding damage, and counting each piece of it once.
 //!
-//! Two kinds are told apart. A write is *lost* when the page holds what it held before it, now and for good. A read is
-//! *stale* when it saw anything else that the page did not hold: what was given back to the host, another page, or an
-//! older state that a second look does not find any more. What is found is repaired, so that it is not found again.
+//! A write is *lost* when its bytes are not there any more, and a second look does not find them either. A read is *stale*
+//! when it saw what the page has not held: what was given back to the host, another page, or an older state that a
+//! second look does not find any more. (A page that was taken from under its guest can be both.) What is found is
+//! repaired, so that it is not found again.
 
 use super::{
     access::Agent,
@@ -55,14 +56,19 @@ impl Agent<'_> {
     fn repair(&mut self, page: usize, claim: &Claim<'_>) -> Result<(), Error> {
         let (ledger, tally) = (&self.guest.ledger, &self.guest.tally);
         let now = self.read(page)?;
-        let verdict = ledger.judge(page, claim.expected(), &now);
-        match verdict {
+        let expected = claim.expected();
+        match ledger.judge(page, expected, &now) {
+            Verdict::True => {
+                tally.stale_reads.add(1);
+                return Ok(());
+            }
             Verdict::Older => tally.lost_writes.add(1),
-            Verdict::True | Verdict::Foreign => tally.stale_reads.add(1),
+            Verdict::Foreign => {
+                tally.stale_reads.add(1);
+                tally.lost_writes.add(u64::from(ledger.lost(page, expected, &now)));
+            }
         }
-        if verdict != Verdict::True {
-            self.write(page, &ledger.contents(page, claim.expected().stamp))?;
-        }
+        self.write(page, &ledger.contents(page, expected.stamp))?;
         Ok(())
     }
 }

@@ -77,7 +77,7 @@ pub(crate) fn transfer(guest: &Guest, seed: u64, stop: &AtomicBool) -> Result<()
                 agent.check_seen(page, expected, seen)?;
             }
         }
-        thread::sleep(REST);
+        guest.pace.rest(REST);
     }
     Ok(())
 }

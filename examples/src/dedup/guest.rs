@@ -22,7 +22,7 @@ use super::{
     store::Store,
     table::{GuestTable, Installed},
     tally::Tally,
-    vcpu::WorkingSet,
+    vcpu::{Pace, WorkingSet},
 };
 
 /// Pages that the first fault on any of them maps together: what one leaf table of the format spans.
@@ -39,6 +39,7 @@ pub(crate) struct Guest {
     pub(crate) ledger: Ledger,
     pub(crate) written: DirtyLog,
     pub(crate) working_set: WorkingSet,
+    pub(crate) pace: Pace,
     pub(crate) tally: Arc<Tally>,
     store: Arc<Store>,
     host: Hva,
@@ -55,6 +56,7 @@ impl Guest {
         store: &Arc<Store>,
         tally: &Arc<Tally>,
         safety: Safety,
+        pace: Pace,
     ) -> Result<Self, Error> {
         let pages = layout.len();
         let len = (pages * PAGE) as u64;
@@ -75,6 +77,7 @@ impl Guest {
             ledger: Ledger::new(Arc::clone(images), layout),
             written,
             working_set: WorkingSet::new(pages),
+            pace,
             tally: Arc::clone(tally),
             store: Arc::clone(store),
             warm: (0..pages.div_ceil(BLOCK)).map(|_| AtomicBool::new(false)).collect(),
@@ -125,8 +128,7 @@ impl Guest {
         };
         match fault.resolve(|fault| self.mapping.resolve(fault.range(), page, access)) {
             Ok(resolved) => {
-                let merged =
-                    resolved.extents().iter().any(|e| e.guest.contains(gpa(page)) && !e.access.writable());
+                let merged = resolved.extents().iter().any(|e| e.guest.contains(gpa(page)) && !e.access.writable());
                 match self.table.install(resolved)? {
                     Installed::Mapped if merged && !access.writable() => self.tally.refaults.add(1),
                     Installed::Mapped => {}

@@ -63,8 +63,7 @@ impl Images {
     /// `pages` pages of the files named, or of the machine's shared libraries where none is. Where the files have fewer,
     /// they are repeated, with eight bytes of every page changed each time.
     pub(crate) fn load(named: &[PathBuf], pages: usize, seed: u64) -> Result<Self, ImageError> {
-        let mut images =
-            Self { bytes: Vec::with_capacity(pages * PAGE), starts: Vec::new(), files: 0, times: 1 };
+        let mut images = Self { bytes: Vec::with_capacity(pages * PAGE), starts: Vec::new(), files: 0, times: 1 };
         if named.is_empty() {
             let mut paths = libraries();
             paths.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
@@ -174,7 +173,10 @@ fn libraries() -> Vec<PathBuf> {
                 if seen.insert((meta.dev(), meta.ino())) {
                     todo.push((path, depth + 1));
                 }
-            } else if meta.is_file() && meta.len() >= WORTH_OPENING && library() && seen.insert((meta.dev(), meta.ino()))
+            } else if meta.is_file()
+                && meta.len() >= WORTH_OPENING
+                && library()
+                && seen.insert((meta.dev(), meta.ino()))
             {
                 found.push(path);
             }

@@ -25,7 +25,7 @@ use super::{
     report::{Details, Report, Sample, mode_name},
     store::Store,
     tally::Tally,
-    vcpu,
+    vcpu::{self, Pace},
 };
 
 /// Between two points of the plot.
@@ -48,9 +48,10 @@ impl Job {
         let all = u32::try_from(u64::from(options.guests) * options.pages() as u64).map_err(|_| Error::StoreFull)?;
         let store = Arc::new(Store::new(all)?);
         let tally = Arc::new(Tally::default());
+        let pace = Pace::new(options.guests, options.pages());
         let guest = |number: u32| {
             let layout = images.layout(options.seed.wrapping_mul(64).wrapping_add(u64::from(number)));
-            Guest::new(&images, &layout, &store, &tally, options.safety())
+            Guest::new(&images, &layout, &store, &tally, options.safety(), pace)
         };
         let guests = (0..options.guests).map(guest).collect::<Result<Vec<_>, _>>()?;
         let mut job = Self { guests, store, tally, resident_before: 0 };
@@ -143,11 +144,11 @@ pub fn run(options: &Options, interrupt: &AtomicBool) -> Result<Report, Error> {
             let merger = Merger::new(&job.guests, &job.store, &job.tally, options.mode, options.safety());
             Ok((merger.run(stop, idle)?, thread_cpu()))
         })?;
-        while !stop.load(Ordering::Relaxed)
-            && !interrupt.load(Ordering::Relaxed)
-            && started.elapsed() < limit
-            && !(until_idle && idle.load(Ordering::Relaxed))
-        {
+        let over = || {
+            let told = stop.load(Ordering::Relaxed) || interrupt.load(Ordering::Relaxed);
+            told || started.elapsed() >= limit || until_idle && idle.load(Ordering::Relaxed)
+        };
+        while !over() {
             thread::sleep(TICK.min(limit.saturating_sub(started.elapsed())));
             let point = job.point(started.elapsed());
             progress.show(&point);
@@ -155,7 +156,9 @@ pub fn run(options: &Options, interrupt: &AtomicBool) -> Result<Report, Error> {
         }
         drop(stop_all);
         let merged = joined(merger);
-        agents.into_iter().map(joined).collect::<Result<(), Error>>()?;
+        // All of them, whatever the first one says.
+        let ends: Vec<_> = agents.into_iter().map(joined).collect();
+        ends.into_iter().collect::<Result<(), Error>>()?;
         merged
     })?;
     let (elapsed, cpu) = (started.elapsed(), process_cpu().saturating_sub(cpu_started));

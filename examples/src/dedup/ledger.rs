@@ -116,12 +116,8 @@ impl Ledger {
     /// Takes `page` if nobody has changed it since it was observed.
     pub(crate) fn claim_as(&self, page: usize, expected: Expected) -> Option<Claim<'_>> {
         let sequence = &self.entries[page].sequence;
-        let taken = sequence.compare_exchange(
-            expected.sequence,
-            expected.sequence + 1,
-            Ordering::Acquire,
-            Ordering::Relaxed,
-        );
+        let taken =
+            sequence.compare_exchange(expected.sequence, expected.sequence + 1, Ordering::Acquire, Ordering::Relaxed);
         // Sequence lock, writer: whoever reads what is written from here on sees the claim.
         fence(Ordering::Release);
         taken.ok().map(|_| Claim { ledger: self, page, expected })
@@ -146,6 +142,13 @@ impl Ledger {
         } else {
             Verdict::Foreign
         }
+    }
+
+    /// Whether the last write to the page (a stamp, or the putting back of what was under one) is missing in `seen`.
+    pub(crate) fn lost(&self, page: usize, expected: &Expected, seen: &PageBytes) -> bool {
+        let last = if expected.stamp == Stamp::NONE { expected.before } else { expected.stamp };
+        let place = last.offset()..last.offset() + STAMP;
+        last != Stamp::NONE && seen[place.clone()] != self.contents(page, expected.stamp)[place]
     }
 }
 
@@ -226,6 +229,7 @@ mod tests {
         assert_eq!(ledger.judge(0, &expected, &bytes), Verdict::True);
         assert_eq!(ledger.judge(0, &expected, &ledger.contents(0, Stamp::NONE)), Verdict::Older);
         assert_eq!(ledger.judge(0, &expected, &[0; PAGE]), Verdict::Foreign);
+        assert!(ledger.lost(0, &expected, &[0; PAGE]) && !ledger.lost(0, &expected, &bytes));
         // Putting the old contents back.
         let claim = ledger.claim(0).unwrap();
         for (offset, piece) in claim.pieces(Stamp::NONE) {

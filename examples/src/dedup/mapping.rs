@@ -120,9 +120,7 @@ impl Mapping {
             };
             let Ok(guest) = AddrRange::with_len(gpa(at), PAGE as u64) else { continue };
             match extents.last_mut() {
-                Some(last)
-                    if last.access == granted && last.output.checked_add(last.guest.len()) == Some(output) =>
-                {
+                Some(last) if last.access == granted && last.output.checked_add(last.guest.len()) == Some(output) => {
                     if let Ok(longer) = AddrRange::new(last.guest.start(), guest.end()) {
                         last.guest = longer;
                     }

@@ -46,8 +46,8 @@ const SAMPLES: usize = 8;
 const CHUNK: usize = 256;
 /// Between two passes: a pass that finds little need not be followed by another at once.
 const REST: Duration = Duration::from_millis(25);
-/// After this many passes in a row without a page that was never merged before, nothing more is to be merged.
-const IDLE_PASSES: u32 = 3;
+/// After passes for so long without a page that was never merged before, nothing more is to be merged.
+const IDLE: Duration = Duration::from_secs(2);
 
 /// Neighbouring candidates of one guest, all of one group.
 #[derive(Debug)]
@@ -102,15 +102,15 @@ impl<'j> Merger<'j> {
 
     /// Makes passes until told to stop; says in `idle` when nothing more is to be merged, and goes on.
     pub(crate) fn run(mut self, stop: &AtomicBool, idle: &AtomicBool) -> Result<Vec<Sample>, Error> {
-        let mut idle_passes = 0;
+        let mut last_new = Instant::now();
         while !stop.load(Ordering::Relaxed) {
             let before = Instant::now();
             self.pass(stop)?;
             self.tally.passes.add(1);
-            idle_passes = if self.new == 0 { idle_passes + 1 } else { 0 };
-            if idle_passes >= IDLE_PASSES {
-                idle.store(true, Ordering::Relaxed);
+            if self.new != 0 {
+                last_new = Instant::now();
             }
+            idle.store(last_new.elapsed() >= IDLE, Ordering::Relaxed);
             // At most half of a processor for ever.
             thread::sleep(before.elapsed().clamp(REST, 10 * REST));
         }

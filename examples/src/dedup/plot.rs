@@ -19,8 +19,7 @@ pub(crate) fn draw(path: &Path, points: &[Point]) -> Result<(), Error> {
 }
 
 fn try_draw(path: &Path, points: &[Point]) -> Result<(), Box<dyn std::error::Error>> {
-    let saved: Vec<_> =
-        points.iter().map(|p| (p.at.as_secs_f64(), p.saved as f64 / f64::from(1 << 20))).collect();
+    let saved: Vec<_> = points.iter().map(|p| (p.at.as_secs_f64(), p.saved as f64 / f64::from(1 << 20))).collect();
     let rates: Vec<_> = points
         .windows(2)
         .map(|pair| {
@@ -41,8 +40,14 @@ fn try_draw(path: &Path, points: &[Point]) -> Result<(), Box<dyn std::error::Err
         .right_y_label_area_size(72)
         .build_cartesian_2d(0.0..end, 0.0..most(&saved))?
         .set_secondary_coord(0.0..end, 0.0..most(&rates));
-    chart.configure_mesh().x_desc("seconds").y_desc("MiB saved").light_line_style(WHITE).draw()?;
-    chart.configure_secondary_axes().y_desc("faults a second").draw()?;
+    chart
+        .configure_mesh()
+        .x_desc("seconds")
+        .y_desc("MiB saved")
+        .y_label_formatter(&|y| format!("{y:.0}"))
+        .light_line_style(WHITE)
+        .draw()?;
+    chart.configure_secondary_axes().y_desc("faults a second").y_label_formatter(&|y| format!("{y:.0}")).draw()?;
     let line = |color: RGBColor| move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color);
     chart.draw_series(LineSeries::new(saved, BLUE.stroke_width(2)))?.label("MiB saved").legend(line(BLUE));
     chart

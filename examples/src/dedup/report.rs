@@ -183,7 +183,10 @@ impl fmt::Display for Report {
             ("page checks, writes, leases", format!("{}, {}, {}", d.checks, d.writes, d.leases)),
             ("lost writes", self.lost_writes.to_string()),
             ("stale reads", self.stale_reads.to_string()),
-            ("time, CPU, of it merger", format!("{}, {}, {}", ms(self.elapsed_ms), ms(self.cpu_ms), ms(self.merger_cpu_ms))),
+            (
+                "time, CPU, of it merger",
+                format!("{}, {}, {}", ms(self.elapsed_ms), ms(self.cpu_ms), ms(self.merger_cpu_ms)),
+            ),
         ];
         let mut table = Table::new();
         table.load_preset(presets::UTF8_BORDERS_ONLY);

@@ -50,6 +50,22 @@ impl WorkingSet {
     }
 }
 
+/// How often agents rest, so that a machine carries all of them, and small guests are not all working set.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pace(u32);
+
+impl Pace {
+    /// For one of so many guests with so many pages each. The rests above are made for two guests of 128 MiB.
+    pub(crate) fn new(guests: u32, pages: usize) -> Self {
+        Self((guests / 2).max(1) * (32_768 / pages.max(1)).clamp(1, 4) as u32)
+    }
+
+    /// As long a rest as this pace allows for one of `base`.
+    pub(crate) fn rest(self, base: Duration) {
+        thread::sleep(base * self.0);
+    }
+}
+
 /// Checks whole pages: all of RAM once, in order, and then here and there.
 pub(crate) fn read(guest: &Guest, seed: u64, stop: &AtomicBool) -> Result<(), Error> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -60,7 +76,7 @@ pub(crate) fn read(guest: &Guest, seed: u64, stop: &AtomicBool) -> Result<(), Er
             let page = sweep.next().unwrap_or_else(|| guest.working_set.pick(&mut rng));
             agent.check(page)?;
         }
-        thread::sleep(READER_REST);
+        guest.pace.rest(READER_REST);
     }
     Ok(())
 }
@@ -99,7 +115,7 @@ pub(crate) fn write(guest: &Guest, seed: u64, stop: &AtomicBool) -> Result<(), E
                 standing.push_back((due, page));
             }
         }
-        thread::sleep(WRITER_REST);
+        guest.pace.rest(WRITER_REST);
     }
     Ok(())
 }

@@ -19,13 +19,13 @@
 use alloc::vec::Vec;
 
 use notifier_core::primitive::{AtomicUsize, Mutex, Ordering, Twin, broken};
-use notifier_core::{AddrRange, Gpa, GpaRange, OutputAddr, ScopeWaitError};
+use notifier_core::{AddrRange, Gpa, OutputAddr, ScopeWaitError};
 
 use crate::{
     flush::{Flush, FlushError, FlushRange},
     format::{Format, Level},
-    pages::{PageSource, TableLayout},
-    table::Table,
+    pages::PageSource,
+    table::{Node, Table},
 };
 
 /// A flush that did not happen. What was removed stays removed, and the flush stays owed.
@@ -40,8 +40,14 @@ pub enum FlushFailed {
     Scopes(#[from] ScopeWaitError),
 }
 
-/// A page that was unlinked and may still be in use.
-type Unlinked = (OutputAddr, TableLayout);
+/// A table that was unlinked and may still be in use.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Unlinked {
+    pub(crate) page: OutputAddr,
+    pub(crate) level: Level,
+    /// First guest address it spanned.
+    pub(crate) start: u64,
+}
 
 /// What a table knows of flushes that are owed.
 #[derive(Debug, Default)]
@@ -78,11 +84,14 @@ pub(crate) struct Batch<'t, F: Format, P: PageSource, X: Flush> {
     all: bool,
     owes: bool,
     unlinked: Vec<Unlinked>,
+    /// Facts that hardware writes late are read again after the flush.
+    late_facts: bool,
 }
 
 impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
     pub(crate) fn new(table: &'t Table<F, P, X>) -> Self {
-        Self { table, ranges: Vec::new(), all: false, owes: false, unlinked: Vec::new() }
+        let late_facts = table.format.late_facts();
+        Self { table, ranges: Vec::new(), all: false, owes: false, unlinked: Vec::new(), late_facts }
     }
 
     /// Publishes that a flush is owed. Before the first store that takes something away.
@@ -124,16 +133,32 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
         self.unlinked.reserve(1);
     }
 
-    pub(crate) fn unlink(&mut self, page: OutputAddr, layout: TableLayout) {
-        self.unlinked.push((page, layout));
+    pub(crate) fn unlink(&mut self, page: OutputAddr, node: &Node<'_>) {
+        self.unlinked.push(Unlinked { page, level: node.level, start: node.start() });
+    }
+
+    /// Leaves facts that hardware writes late to the caller, who holds a claim and may not report.
+    pub(crate) fn leave_late_facts(&mut self) {
+        self.late_facts = false;
     }
 
     /// Flushes what was collected, if anything was.
     pub(crate) fn finish(mut self, nonblocking: bool) -> Result<(), FlushFailed> {
-        if !self.owes {
+        if self.settle_nothing() {
             return Ok(());
         }
         self.flush(nonblocking)
+    }
+
+    /// Whether nothing was taken away after all: then nothing is owed, and nobody is to be bothered.
+    fn settle_nothing(&mut self) -> bool {
+        if self.all || !self.ranges.is_empty() || !self.unlinked.is_empty() {
+            return false;
+        }
+        if core::mem::take(&mut self.owes) {
+            self.table.owed.open.fetch_sub(1, Ordering::Release);
+        }
+        true
     }
 
     /// Flushes what was collected, and everything if anybody else owes a flush: on return nothing that was removed
@@ -144,7 +169,7 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
         let inherited = owed > usize::from(self.owes) && !broken(Twin::OwedForgotten);
         if inherited {
             self.all = true;
-        } else if !self.owes {
+        } else if self.settle_nothing() {
             return Ok(());
         }
         self.flush(nonblocking)
@@ -160,6 +185,9 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
         unlinked.extend(inherited.limbo);
         match self.table.flush_now(&self.ranges, self.all, nonblocking) {
             Ok(()) => {
+                if self.late_facts {
+                    self.collect_late(&unlinked);
+                }
                 self.table.retire(unlinked);
                 if batches != 0 {
                     owed.open.fetch_sub(batches, Ordering::Release);
@@ -175,15 +203,25 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
         }
     }
 
-    /// The guest ranges collected, for formats whose facts come late; `None` where that is the whole table.
-    pub(crate) fn ranges(&self) -> Option<Vec<GpaRange>> {
-        (!self.all).then(|| self.ranges.iter().map(|flush| flush.range).collect())
+    /// Reads again what hardware may have written until the flush: entries in use, and those of unlinked tables.
+    fn collect_late(&self, unlinked: &[Unlinked]) {
+        let table = self.table;
+        for gone in unlinked {
+            // SAFETY: unlinked, and not handed to the epoch yet.
+            let node = unsafe { table.node(gone.page, gone.level, gone.start) };
+            table.collect_late_of(node);
+        }
+        if self.all {
+            table.whole().into_iter().for_each(|range| table.collect_late(range));
+        } else {
+            self.ranges.iter().for_each(|flush| table.collect_late(flush.range));
+        }
     }
 }
 
 impl<F: Format, P: PageSource, X: Flush> Drop for Batch<'_, F, P, X> {
     fn drop(&mut self) {
-        if self.owes {
+        if self.owes && !self.settle_nothing() {
             // An operation that ended early. If this fails too, the flush stays owed.
             let _ = self.flush(false);
         }

@@ -51,7 +51,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             }
             if !cursor.covers(&cell) {
                 // A larger leaf over the page is split, or else removed whole.
-                if let Ok(Split::LookAgain) = self.split_cell(&cell, raw) {
+                if let Ok(Split::LookAgain) = self.split_cell(&cell, raw, false) {
                     continue;
                 }
                 if self.zap_leaf(&cell, raw, batch) {
@@ -134,18 +134,20 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let mut batch = Batch::new(self);
         batch.owe();
         let mut claim = cell.claim(format, raw)?;
-        let old = claim.take_away(format);
+        claim.take_away(format);
         batch.add(cell.start, cell.span, Some(cell.level), false);
         let flushed = batch.finish(false);
-        self.report_leaf(cell, old);
-        // Not `publish` over the old leaf: its facts were reported, and belong to the old page.
+        // Again, for facts that came until the flush.
+        let old = claim.take_away(format);
+        // Not `publish` over the old leaf: its facts are reported, and belong to the old page.
         claim.old = format.absent();
-        if flushed.is_err() {
-            claim.publish(format, format.absent());
-            return Some(PageOutcome::Zapped { found: None });
-        }
-        claim.publish(format, repointed);
-        Some(PageOutcome::Changed)
+        let (new, outcome) = match flushed {
+            Ok(()) => (repointed, PageOutcome::Changed),
+            Err(_) => (format.absent(), PageOutcome::Zapped { found: None }),
+        };
+        claim.publish(format, new);
+        self.report_leaf(cell, old);
+        Some(outcome)
     }
 
     /// Removes one leaf. `false`: it changed meanwhile, look again.

@@ -158,8 +158,16 @@ impl<'p> Cell<'p> {
     pub(crate) fn claim<F: Format>(&self, format: &F, old: u64) -> Option<Claim<'p>> {
         let present = matches!(format.kind(self.level, old), Kind::Table(_) | Kind::Leaf);
         let soft = present && format.claim_bit() != 0;
-        let claimed = if soft { old | format.claim_bit() } else { format.claimed() };
-        let exchanged = self.own.compare_exchange(format.memory_of(old), format.memory_of(claimed));
+        // With a mirror, `old` may have facts that the kept entry does not have.
+        let kept = match self.mirror {
+            Some(_) => format.raw_of(self.own.load()),
+            None => old,
+        };
+        if (kept ^ old) & !format.hardware_bits() != 0 {
+            return None;
+        }
+        let claimed = if soft { kept | format.claim_bit() } else { format.claimed() };
+        let exchanged = self.own.compare_exchange(format.memory_of(kept), format.memory_of(claimed));
         exchanged.ok().map(|_| Claim { cell: *self, old })
     }
 
@@ -199,7 +207,15 @@ impl<'p> Cell<'p> {
 
     /// Makes a DEAD entry absent again: the table it lies in stays linked after all.
     pub(crate) fn revive<F: Format>(&self, format: &F) {
-        self.own.store(format.memory_of(format.absent()));
+        let mut found = self.own.load();
+        loop {
+            // Facts that hardware writes late stay.
+            let facts = format.raw_of(found) & format.hardware_bits();
+            match self.own.compare_exchange(found, format.memory_of(format.absent() | facts)) {
+                Ok(_) => return,
+                Err(other) => found = other,
+            }
+        }
     }
 }
 

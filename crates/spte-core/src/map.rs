@@ -5,7 +5,6 @@
 //! into the absent entry above it. Before that store the entry is claimed and the admission is asked about the whole
 //! span that the store makes reachable.
 
-use notifier_core::primitive::Pin;
 use notifier_core::{Access, AddrRange, Admission, Extent, Gpa, GpaRange, OutputAddr, Refused, Retry, SlotFlags};
 
 use crate::{
@@ -189,7 +188,7 @@ pub enum Upgrade {
     Granted,
     /// Writing was granted already.
     Already,
-    /// The leaf is not armed, or there is none: the fault has to go the long way.
+    /// The leaf is not armed, or there is none, or somebody is just changing it: the fault has to go the long way.
     No,
 }
 
@@ -372,7 +371,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         if let Some(private) = private {
             private.linked();
         }
-        if view(format, cell.level, raw) == View::Absent && was & format.hardware_bits() != 0 {
+        if self.late_bits(cell.level, was) != 0 {
             // A fact that hardware left late in an entry that was taken away (see `Format::late_facts`).
             self.report_span(cell);
         }
@@ -470,7 +469,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         }
         if !cursor.covers(cell) {
             // Rights rise only where they were resolved.
-            return match self.split_cell(cell, raw) {
+            return match self.split_cell(cell, raw, false) {
                 Ok(crate::shape::Split::LookAgain) => Ok(false),
                 Ok(crate::shape::Split::Smallest) => Err(self.outside(admission, admission.range())),
                 Err(CannotSplit::Pages(source)) => Err(MapError::OutOfPages { at, source }),
@@ -508,8 +507,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             let old = claim.take_away(format);
             batch.add(cell.start, cell.span, Some(cell.level), false);
             if let Err(source) = batch.finish(false) {
-                self.report_leaf(cell, old);
                 claim.publish(format, format.absent());
+                self.report_leaf(cell, old);
                 return Err(MapError::Flush { at, source });
             }
             if let Err(refused) = self.admitted(admission, span) {
@@ -554,7 +553,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 continue;
             }
             let spec = format.spec(cell.level, raw);
-            let allowed = spec.access | self.resolved_access(admission, &cell, spec.output);
+            let part = cursor.part(&cell).unwrap_or(range);
+            let output = spec.output.wrapping_add(part.start().as_u64() - cell.start);
+            let allowed = spec.access | resolved_access(admission, part, output);
             let target = access & allowed & admission.ceiling();
             let new = format.with_access(cell.level, raw, target).map_err(|source| MapError::Format { at, source })?;
             if new == raw {
@@ -563,7 +564,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 continue;
             }
             if !cursor.covers(&cell) {
-                match self.split_cell(&cell, raw) {
+                match self.split_cell(&cell, raw, false) {
                     Ok(crate::shape::Split::LookAgain) => continue,
                     Ok(crate::shape::Split::Smallest) => return Err(self.outside(admission, range)),
                     Err(CannotSplit::Pages(source)) => return Err(MapError::OutOfPages { at, source }),
@@ -578,48 +579,36 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         Ok(mapped)
     }
 
-    /// The rights that were resolved for all of `cell`, if it points where they were resolved to.
-    fn resolved_access(&self, admission: &Admission<'_>, cell: &Cell<'_>, output: OutputAddr) -> Access {
-        let Ok(span) = AddrRange::with_len(Gpa::new(cell.start), cell.span) else { return Access::empty() };
-        admission
-            .extents()
-            .iter()
-            .find(|extent| extent.guest.covers(&span))
-            .filter(|extent| {
-                let offset = span.start().as_u64() - extent.guest.start().as_u64();
-                extent.output.wrapping_add(offset) == output
-            })
-            .map_or(Access::empty(), |extent| extent.access)
-    }
-
     /// Brings writing back to an armed leaf: one compare-exchange, with no claim and no fault. Safe beside windows because
-    /// a Retained window takes the arming away with the right, and a Zapped one the leaf.
+    /// a Retained window takes the arming away with the right, and a Zapped one the leaf. Waits for nothing, so that it
+    /// may be called inside a scope.
     pub fn upgrade(&self, gpa: Gpa) -> Upgrade {
-        let format = &self.format;
         let Ok(range) = AddrRange::with_len(gpa, 1) else { return Upgrade::No };
         if self.clip(range).is_none() {
             return Upgrade::No;
         }
         let pin = self.space.pin();
-        self.upgrade_pinned(&pin, format, range)
+        let mut upgraded = Upgrade::No;
+        self.look(&pin, range, |cell, raw| upgraded = self.upgrade_cell(cell, raw));
+        upgraded
     }
 
-    fn upgrade_pinned(&self, pin: &Pin, format: &F, range: GpaRange) -> Upgrade {
-        let mut cursor = self.cursor(pin, range);
-        while let Some((cell, raw)) = cursor.next(|_| false) {
-            if view(format, cell.level, raw) != View::Leaf {
-                return Upgrade::No;
-            }
+    fn upgrade_cell(&self, cell: &Cell<'_>, mut raw: u64) -> Upgrade {
+        let format = &self.format;
+        while view(format, cell.level, raw) == View::Leaf {
             let Some(new) = format.upgrade(cell.level, raw) else {
                 let spec = format.spec(cell.level, raw);
                 return if spec.access.writable() && !spec.armed { Upgrade::Already } else { Upgrade::No };
             };
-            if cell.replace(format, raw, new).is_ok() {
-                // Formats with a dirty bit let hardware say so; for the others this is the only moment that knows.
-                if format.is_dirty(cell.level, new) && !format.is_dirty(cell.level, raw) {
-                    self.report_span(&cell);
+            match cell.replace(format, raw, new) {
+                Ok(()) => {
+                    // Formats with a dirty bit let hardware say so; for the others this is the only moment that knows.
+                    if format.is_dirty(cell.level, new) && !format.is_dirty(cell.level, raw) {
+                        self.report_span(cell);
+                    }
+                    return Upgrade::Granted;
                 }
-                return Upgrade::Granted;
+                Err(found) => raw = found,
             }
         }
         Upgrade::No
@@ -668,12 +657,24 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 claim.give_back(format);
                 return Err(self.refused(admission, refused, range));
             }
-            claim.publish(format, new);
+            let was = claim.publish(format, new);
             if let Some(private) = private {
                 private.linked();
+            }
+            if self.late_bits(cell.level, was) != 0 {
+                self.report_span(&cell);
             }
             return Ok(());
         }
         Ok(())
     }
+}
+
+/// The rights that were resolved for all of `part`, if they were resolved to `output`.
+fn resolved_access(admission: &Admission<'_>, part: GpaRange, output: OutputAddr) -> Access {
+    let extent = admission.extents().iter().find(|extent| extent.guest.covers(&part));
+    let offset = |extent: &Extent| part.start().as_u64() - extent.guest.start().as_u64();
+    extent
+        .filter(|extent| extent.output.wrapping_add(offset(extent)) == output)
+        .map_or(Access::empty(), |extent| extent.access)
 }

@@ -5,16 +5,16 @@
 //! are reported to the space's dirty sink before the operation returns, read by the same exchange that takes the entry
 //! away, so that none can come between.
 
-use notifier_core::{AddrRange, Gpa, GpaRange};
+use notifier_core::{Gpa, GpaRange};
 
 use crate::{
     batch::{Batch, FlushFailed},
     entry::{Cell, View, view},
     flush::Flush,
-    format::{Format, FormatError, Kind, WriteProtect},
+    format::{Format, FormatError, Kind, Level, WriteProtect},
     pages::{OutOfPages, PageSource},
     shape::{CannotSplit, Split, Unlink, Unlinked},
-    table::{Cursor, Table, TableRangeError},
+    table::{Cursor, Node, Table, TableRangeError},
 };
 
 /// Why an operation that takes away was not done, or not to the end.
@@ -69,7 +69,10 @@ pub(crate) enum Partly {
     /// Stop, and say so.
     Fail,
     /// Treat all of it: inside a window, where too much is safe and nothing may be left.
-    Whole,
+    Whole {
+        /// The split must not wait either.
+        nonblocking: bool,
+    },
 }
 
 impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
@@ -109,8 +112,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     }
 
     fn finish_removal(&self, range: GpaRange, batch: Batch<'_, F, P, X>) -> Result<(), RemoveError> {
-        self.finish_late(batch, |batch| batch.finish(false))
-            .map_err(|source| RemoveError::Flush { at: range.end(), source })
+        batch.finish(false).map_err(|source| RemoveError::Flush { at: range.end(), source })
     }
 
     fn lessen(
@@ -183,9 +185,10 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             return Ok(false);
         }
         let at = Gpa::new(cell.start.max(cursor.at));
-        match (self.split_cell(cell, raw), partly) {
+        let nonblocking = partly == Partly::Whole { nonblocking: true };
+        match (self.split_cell(cell, raw, nonblocking), partly) {
             (Ok(Split::LookAgain), _) => Ok(true),
-            (Ok(Split::Smallest), _) | (Err(_), Partly::Whole) => Ok(false),
+            (Ok(Split::Smallest), _) | (Err(_), Partly::Whole { .. }) => Ok(false),
             (Err(CannotSplit::Pages(source)), Partly::Fail) => Err(RemoveError::OutOfPages { at, source }),
             (Err(CannotSplit::Flush(source)), Partly::Fail) => Err(RemoveError::Flush { at, source }),
         }
@@ -202,9 +205,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let pin = self.space.pin();
         let mut cursor = self.cursor(&pin, range);
         let (start, end) = (range.start().as_u64(), range.end().as_u64());
-        let whole_leaf_table = |cell: &Cell<'_>| {
-            cell.level.below() == Some(crate::format::Level::LEAF) && start <= cell.start && cell.end() <= end
-        };
+        let whole_leaf_table =
+            |cell: &Cell<'_>| cell.level.below() == Some(Level::LEAF) && start <= cell.start && cell.end() <= end;
         let mut removed = Removed::default();
         while let Some((cell, raw)) = cursor.next(whole_leaf_table) {
             match view(format, cell.level, raw) {
@@ -241,7 +243,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             cursor.pass(&cell);
         }
         // Tables above the leaf tables that the range covers are empty now, unless somebody was quicker.
-        let mut level = crate::format::Level::LEAF;
+        let mut level = Level::LEAF;
         while let Some(above) = level.above().and_then(|level| level.above()).filter(|l| *l <= format.geometry().top())
         {
             level = match above.below() {
@@ -285,40 +287,55 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         })
     }
 
-    /// Finishes a batch by `finish`; where the format's facts come late, reads them again after that.
-    pub(crate) fn finish_late(
-        &self,
-        batch: Batch<'_, F, P, X>,
-        finish: impl FnOnce(Batch<'_, F, P, X>) -> Result<(), FlushFailed>,
-    ) -> Result<(), FlushFailed> {
-        if !self.format.late_facts() {
-            return finish(batch);
-        }
-        let ranges = batch.ranges();
-        finish(batch)?;
-        match ranges {
-            Some(ranges) => ranges.into_iter().for_each(|range| self.collect_late(range)),
-            None => self.whole().into_iter().for_each(|range| self.collect_late(range)),
-        }
-        Ok(())
+    /// The bits of `raw` that are facts without a leaf to belong to: hardware wrote them after the leaf was replaced.
+    pub(crate) fn late_bits(&self, level: Level, raw: u64) -> u64 {
+        let format = &self.format;
+        let bare = match format.kind(level, raw) {
+            Kind::Absent => format.absent(),
+            Kind::Dead => format.dead(),
+            Kind::Table(child) => format.table(level, child).unwrap_or(raw),
+            Kind::Special | Kind::Claimed | Kind::Leaf => raw,
+        };
+        (raw ^ bare) & raw & format.hardware_bits()
     }
 
-    /// Reports and clears dirty facts that hardware left in entries that are no longer present.
-    fn collect_late(&self, range: GpaRange) {
+    /// Reports and clears facts that hardware left in entries of `range` that are no leaves any more. Waits for nothing:
+    /// who has claimed an entry sees to its facts.
+    pub(crate) fn collect_late(&self, range: GpaRange) {
         let format = &self.format;
         let Some(range) = self.clip(range) else { return };
         let pin = self.space.pin();
-        let mut cursor = self.cursor(&pin, range);
-        while let Some((cell, raw)) = cursor.next(|_| false) {
-            if view(format, cell.level, raw) == View::Absent && raw != format.absent() {
-                if cell.replace(format, raw, format.absent()).is_err() {
-                    continue;
-                }
-                if let Ok(range) = AddrRange::with_len(Gpa::new(cell.start), cell.span) {
-                    self.space.report_dirty(range);
-                }
+        let (mut at, end) = (range.start().as_u64(), range.end().as_u64());
+        let mut node = self.root_node(&pin);
+        while at < end {
+            if !node.holds(at) {
+                node = self.root_node(&pin);
             }
-            cursor.pass(&cell);
+            let cell = node.cell_at(at);
+            let raw = cell.load(format);
+            let late = self.late_bits(cell.level, raw);
+            if late != 0 && raw & format.claim_bit() == 0 {
+                if cell.replace(format, raw, raw & !late).is_ok() {
+                    self.report_span(&cell);
+                }
+                continue;
+            }
+            if let Kind::Table(page) = format.kind(cell.level, raw)
+                && let Some(child) = self.child(&pin, &cell, page)
+            {
+                node = child;
+            } else {
+                at = cell.end();
+            }
+        }
+    }
+
+    /// Reports facts that hardware left in an unlinked table.
+    pub(crate) fn collect_late_of(&self, node: Node<'_>) {
+        for cell in node.cells() {
+            if self.late_bits(cell.level, cell.load(&self.format)) != 0 {
+                self.report_span(&cell);
+            }
         }
     }
 }

@@ -23,7 +23,7 @@ use crate::{
     flush::Flush,
     format::{Format, Level},
     pages::{OutOfPages, PageSource},
-    table::{Private, Table, TableRangeError, fill},
+    table::{Node, Private, Table, TableRangeError, fill},
 };
 
 /// Why leaves were not split, or not all.
@@ -124,7 +124,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         while let Some((cell, raw)) = cursor.next(|_| false) {
             if view(&self.format, cell.level, raw) == View::Leaf {
                 let at = Gpa::new(cell.start);
-                match self.split_cell(&cell, raw) {
+                match self.split_cell(&cell, raw, false) {
                     Ok(Split::LookAgain) => continue,
                     Ok(Split::Smallest) => {}
                     Err(CannotSplit::Pages(source)) => return Err(SplitError::OutOfPages { at, source }),
@@ -137,7 +137,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     }
 
     /// Splits the leaf `raw` in `cell` by one level, if it is still that.
-    pub(crate) fn split_cell(&self, cell: &Cell<'_>, raw: u64) -> Result<Split, CannotSplit> {
+    pub(crate) fn split_cell(&self, cell: &Cell<'_>, raw: u64, nonblocking: bool) -> Result<Split, CannotSplit> {
         let format = &self.format;
         let geometry = format.geometry();
         let Some(below) = cell.level.below() else { return Ok(Split::Smallest) };
@@ -155,7 +155,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         }
         let transition = format.transition(cell.level, raw, link);
         if transition.break_first {
-            return self.split_broken(cell, raw, private, link);
+            return self.split_broken(cell, raw, private, link, nonblocking);
         }
         let mut batch = Batch::new(self);
         if transition.flush {
@@ -168,7 +168,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 batch.add(cell.start, cell.span, Some(cell.level), false);
             }
         }
-        batch.finish(false).map_err(CannotSplit::Flush)?;
+        batch.finish(nonblocking).map_err(CannotSplit::Flush)?;
         Ok(Split::LookAgain)
     }
 
@@ -179,16 +179,20 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         raw: u64,
         private: Private<'_, F, P, X>,
         link: u64,
+        nonblocking: bool,
     ) -> Result<Split, CannotSplit> {
         let format = &self.format;
         let mut batch = Batch::new(self);
         batch.owe();
         let Some(mut claim) = cell.claim(format, raw) else { return Ok(Split::LookAgain) };
-        let old = claim.take_away(format);
+        claim.take_away(format);
         batch.add(cell.start, cell.span, Some(cell.level), false);
-        if let Err(error) = batch.finish(false) {
-            self.report_leaf(cell, old);
+        let flushed = batch.finish(nonblocking);
+        // Again, for facts that came until the flush.
+        let old = claim.take_away(format);
+        if let Err(error) = flushed {
             claim.publish(format, format.absent());
+            self.report_leaf(cell, old);
             return Err(CannotSplit::Flush(error));
         }
         // Facts that came before the break belong to the children.
@@ -257,6 +261,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let Some(node) = self.child(pin, cell, page) else { return Unlinked::LookAgain };
         batch.reserve();
         batch.owe();
+        // What is to be reported when the claim is over.
+        let mut facts = Marks::new(node.len());
         // Empty tables are looked at under a claim that nobody notices; with leaves, the link goes at once.
         let claim = match how {
             Unlink::IfEmpty => cell.claim(format, raw),
@@ -266,7 +272,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         if notifier_core::primitive::broken(notifier_core::primitive::Twin::UnlinkLeavesChildren) {
             claim.publish(format, format.absent());
             batch.add(cell.start, cell.span, None, true);
-            batch.unlink(page, self.layout(node.level));
+            batch.unlink(page, &node);
             return Unlinked::Gone;
         }
         let mut leaves = None;
@@ -287,13 +293,18 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                         // Something lives here: as if nothing had been.
                         node.cells().take(index).for_each(|killed| killed.revive(format));
                         claim.give_back(format);
+                        facts.iter().for_each(|index| self.report_span(&node.cell(index)));
                         return Unlinked::InUse;
                     }
                 }
                 if let Ok(was) = child.kill(format, old) {
                     if format.kind(child.level, was) == crate::format::Kind::Leaf {
                         leaves = Some(child.level);
-                        self.report_leaf(&child, was);
+                        if format.is_dirty(child.level, was) {
+                            facts.insert(index);
+                        }
+                    } else if self.late_bits(child.level, was) != 0 {
+                        facts.insert(index);
                     }
                     break;
                 }
@@ -301,7 +312,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         }
         claim.publish(format, format.absent());
         batch.add(cell.start, cell.span, leaves, true);
-        batch.unlink(page, self.layout(node.level));
+        batch.unlink(page, &node);
+        facts.iter().for_each(|index| self.report_span(&node.cell(index)));
         Unlinked::Gone
     }
 
@@ -383,6 +395,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let broken = format.claim_bit() == 0 || format.transition(level, raw, promise).break_first;
         let mut batch = Batch::new(self);
         let mut claims: Vec<Claim<'_>> = Vec::with_capacity(node.len());
+        let mut lost = Marks::new(node.len());
         batch.reserve();
         batch.owe();
         let Some(mut claim) = cell.claim(format, raw) else { return Ok(false) };
@@ -433,7 +446,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             }
         };
         if broken {
-            return self.collapse_broken(admission, span, claim, claims, whole, page, batch);
+            return self.collapse_broken(admission, span, claim, claims, whole, (page, node), batch);
         }
         if let Err(refused) = self.admitted(admission, span) {
             claims.into_iter().for_each(|claimed| claimed.give_back(format));
@@ -446,7 +459,6 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         // From here on the leaf may be changed by anybody. What the children still gather is added to it if it is still
         // there, and reported if not.
         for (index, claimed) in claims.into_iter().enumerate() {
-            let child = claimed.cell;
             let was = claimed.publish(format, format.dead());
             let mut leaf = cell.load(format);
             while view(format, level, leaf) == View::Leaf && self.is_part(level, leaf, index, was) {
@@ -459,12 +471,14 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                     Err(found) => leaf = found,
                 }
             }
-            if !format.is_dirty(level, leaf) || view(format, level, leaf) != View::Leaf {
-                self.report_leaf(&child, was);
+            let kept = view(format, level, leaf) == View::Leaf && format.is_dirty(level, leaf);
+            if format.is_dirty(below, was) && !kept {
+                lost.insert(index);
             }
         }
         batch.add(cell.start, cell.span, Some(below), true);
-        batch.unlink(page, self.layout(below));
+        batch.unlink(page, &node);
+        lost.iter().for_each(|index| self.report_span(&node.cell(index)));
         batch.finish(false).map(|()| true).map_err(|source| CollapseError::Flush { source, absent: None })
     }
 
@@ -476,7 +490,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         claim: Claim<'_>,
         claims: Vec<Claim<'_>>,
         whole: u64,
-        page: OutputAddr,
+        (page, node): (OutputAddr, Node<'_>),
         mut batch: Batch<'_, F, P, X>,
     ) -> Result<bool, CollapseError> {
         let format = &self.format;
@@ -494,16 +508,23 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             leaf = format.merge_facts(level, leaf, below, was);
         }
         batch.add(span.start().as_u64(), span.len(), Some(below), true);
-        batch.unlink(page, self.layout(below));
+        batch.unlink(page, &node);
+        batch.leave_late_facts();
         let cell = claim.cell;
-        if let Err(source) = batch.finish(false) {
-            self.report_leaf(&cell, leaf);
+        let flushed = batch.finish(false);
+        // The pin keeps the table in being: facts that came until the flush go into the leaf.
+        for child in node.cells() {
+            let late = self.late_bits(below, child.load(format));
+            leaf = format.merge_facts(level, leaf, below, format.split(level, whole, 0) | late);
+        }
+        if let Err(source) = flushed {
             claim.publish(format, format.absent());
+            self.report_leaf(&cell, leaf);
             return Err(CollapseError::Flush { source, absent: Some(span) });
         }
         if let Err(refused) = self.admitted(admission, span) {
-            self.report_leaf(&cell, leaf);
             claim.publish(format, format.absent());
+            self.report_leaf(&cell, leaf);
             return self.collapse_refused(admission, refused, span, Some(span)).map(|()| false);
         }
         claim.publish(format, leaf);
@@ -529,6 +550,28 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         // Leaving stores this, fences, and then walks: after the fence in `check`, either we see it, or that walk sees
         // our claim.
         if self.is_joined() { Ok(()) } else { Err(Refused::Lost) }
+    }
+}
+
+/// Marks entries of a table: made before a claim, so that nothing is allocated under it.
+#[derive(Debug)]
+struct Marks(Vec<u64>);
+
+impl Marks {
+    fn new(entries: usize) -> Self {
+        Self(alloc::vec![0; entries.div_ceil(64)])
+    }
+
+    fn insert(&mut self, index: usize) {
+        self.0[index / 64] |= 1 << (index % 64);
+    }
+
+    fn iter(&self) -> impl Iterator<Item = usize> + '_ {
+        let indices = |(word, bits): (usize, &u64)| {
+            let bits = *bits;
+            (0..64).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| word * 64 + bit)
+        };
+        self.0.iter().enumerate().flat_map(indices)
     }
 }
 

@@ -40,16 +40,16 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     fn zap_all(&self, coverage: &Coverage<'_>) -> Result<(), SubscriberError> {
         let mut batch = Batch::new(self);
         for range in coverage.guest().filter_map(|range| self.clip(range)) {
-            self.zap_range(range, Partly::Whole, &mut batch).map_err(|e| removal(e, coverage.nonblocking()))?;
+            self.zap_range(range, Partly::Whole { nonblocking: coverage.nonblocking() }, &mut batch)
+                .map_err(|e| removal(e, coverage.nonblocking()))?;
         }
-        self.finish_late(batch, |batch| batch.finish_inheriting(coverage.nonblocking()))
-            .map_err(|error| refused(error, coverage.nonblocking()))
+        batch.finish_inheriting(coverage.nonblocking()).map_err(|error| refused(error, coverage.nonblocking()))
     }
 
     fn retain_all(&self, coverage: &Coverage<'_>) -> Result<(), SubscriberError> {
         let mut batch = Batch::new(self);
         for range in coverage.guest().filter_map(|range| self.clip(range)) {
-            self.lessen_range(range, Partly::Whole, &mut batch, |cell, raw| {
+            self.lessen_range(range, Partly::Whole { nonblocking: coverage.nonblocking() }, &mut batch, |cell, raw| {
                 let retained = self.format.write_protect(cell.level, raw, WriteProtect::Retain);
                 if broken(Twin::RetainKeepsUpgrade) {
                     return Ok(self.format.write_protect(cell.level, raw, WriteProtect::Arm));
@@ -58,8 +58,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             })
             .map_err(|e| removal(e, coverage.nonblocking()))?;
         }
-        self.finish_late(batch, |batch| batch.finish_inheriting(coverage.nonblocking()))
-            .map_err(|error| refused(error, coverage.nonblocking()))
+        batch.finish_inheriting(coverage.nonblocking()).map_err(|error| refused(error, coverage.nonblocking()))
     }
 }
 
@@ -90,7 +89,7 @@ impl<F: Format, P: PageSource, X: Flush> Subscriber for Table<F, P, X> {
         for (change, outcome) in pages.iter().zip(outcomes) {
             *outcome = self.change_page(&pin, change, batch.page_size(), &mut flushes);
         }
-        self.finish_late(flushes, |flushes| flushes.finish_inheriting(false)).map_err(|error| refused(error, false))
+        flushes.finish_inheriting(false).map_err(|error| refused(error, false))
     }
 
     fn age(&self, reach: &[Stretch]) -> Result<bool, SubscriberError> {

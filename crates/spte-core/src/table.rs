@@ -25,7 +25,7 @@ use notifier_core::primitive::{AtomicUsize, Backoff, Ordering, Pin, Twin, broken
 use notifier_core::{AddrRange, Gpa, GpaRange, OutputAddr, Space};
 
 use crate::{
-    batch::{FlushFailed, Owed},
+    batch::{FlushFailed, Owed, Unlinked},
     entry::{Cell, Entry, View, view},
     flush::{Flush, FlushRange, FlushRequest},
     format::{Format, FormatError, Geometry, Level, MAX_LEVELS},
@@ -117,6 +117,11 @@ pub(crate) struct Node<'p> {
 impl<'p> Node<'p> {
     pub(crate) fn len(&self) -> usize {
         self.entries.len()
+    }
+
+    /// First guest address it spans.
+    pub(crate) fn start(&self) -> u64 {
+        self.base
     }
 
     pub(crate) fn cell(&self, index: usize) -> Cell<'p> {
@@ -284,16 +289,17 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     }
 
     /// Frees unlinked and flushed pages once nobody can be looking at them.
-    pub(crate) fn retire(&self, pages: Vec<(OutputAddr, TableLayout)>) {
+    pub(crate) fn retire(&self, pages: Vec<Unlinked>) {
         if pages.is_empty() {
             return;
         }
         let source = Arc::clone(&self.pages);
+        let geometry = *self.format.geometry();
         self.space.pin().retire(move || {
-            for (page, layout) in pages {
+            for Unlinked { page, level, .. } in pages {
                 // SAFETY: unlinked by this engine, which got it from this source with this layout; flushed; and everybody
                 // who was pinned when it was unlinked has unpinned.
-                unsafe { source.free(page, layout) };
+                unsafe { source.free(page, layout(&geometry, level)) };
             }
         });
     }
@@ -310,9 +316,9 @@ fn layout(geometry: &Geometry, level: Level) -> TableLayout {
 
 impl<F: Format, P: PageSource, X: Flush> Drop for Table<F, P, X> {
     fn drop(&mut self) {
-        for (page, layout) in self.owed.take_limbo() {
+        for Unlinked { page, level, .. } in self.owed.take_limbo() {
             // SAFETY: unlinked; nobody walks a table that is being dropped.
-            unsafe { self.pages.free(page, layout) };
+            unsafe { self.pages.free(page, self.layout(level)) };
         }
         // Depth first, with the way down on a stack of fixed size.
         let geometry = *self.format.geometry();

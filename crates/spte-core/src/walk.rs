@@ -147,13 +147,17 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             return Err(Miss::TooWide { at: gpa, bits });
         }
         let mut node = self.root_node(scope.pin());
+        let mut link = None;
         loop {
             let cell = node.cell(format.geometry().index(node.level, gpa.as_u64()));
             let raw = cell.load(format);
             match format.kind(cell.level, raw) {
                 // A claimed link, and a claimed leaf, are still what hardware uses.
                 Kind::Table(page) => match self.child(scope.pin(), &cell, page) {
-                    Some(child) => node = child,
+                    Some(child) => {
+                        node = child;
+                        link = Some((cell, raw));
+                    }
                     None => return Err(Miss::Absent { at: gpa }),
                 },
                 Kind::Leaf => {
@@ -188,8 +192,16 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 }
                 Kind::Absent => return Err(Miss::Absent { at: gpa }),
                 Kind::Special => return Err(Miss::Special { at: gpa, entry: raw }),
-                // An unlinked table: to hardware its entries are not present either.
-                Kind::Claimed | Kind::Dead => return Err(Miss::Busy { at: gpa }),
+                Kind::Claimed => return Err(Miss::Busy { at: gpa }),
+                // The table was merged or unlinked meanwhile: what took its place has been there since before. While
+                // the link is still the same, somebody is just looking whether the table is empty.
+                Kind::Dead => match link {
+                    Some((above, read)) if (above.load(format) ^ read) & !format.claim_bit() != 0 => {
+                        node = self.root_node(scope.pin());
+                        link = None;
+                    }
+                    _ => return Err(Miss::Busy { at: gpa }),
+                },
             }
         }
     }
@@ -293,7 +305,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         stats
     }
 
-    /// Makes the leaf at `gpa` young: what a fault handler does for [`Miss::Old`]. Whether there was a leaf.
+    /// Makes the leaf at `gpa` young: what a fault handler does for [`Miss::Old`]. Whether there was a leaf that nobody was
+    /// just changing. Waits for nothing, so that it may be called inside a scope.
     pub fn make_young(&self, gpa: Gpa) -> bool {
         let Ok(range) = AddrRange::with_len(gpa, 1) else { return false };
         if self.clip(range).is_none() {
@@ -301,16 +314,19 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         }
         let format = &self.format;
         let pin = self.space.pin();
-        let mut cursor = self.cursor(&pin, range);
-        while let Some((cell, raw)) = cursor.next(|_| false) {
-            if view(format, cell.level, raw) != View::Leaf {
-                return false;
+        let mut young = false;
+        self.look(&pin, range, |cell, mut raw| {
+            while view(format, cell.level, raw) == View::Leaf {
+                let new = format.make_young(cell.level, raw);
+                match if new == raw { Ok(()) } else { cell.replace(format, raw, new) } {
+                    Ok(()) => {
+                        young = true;
+                        return;
+                    }
+                    Err(found) => raw = found,
+                }
             }
-            let new = format.make_young(cell.level, raw);
-            if new == raw || cell.replace(format, raw, new).is_ok() {
-                return true;
-            }
-        }
-        false
+        });
+        young
     }
 }

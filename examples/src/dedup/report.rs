@@ -22,9 +22,9 @@ pub struct Sample {
     pub gpa: String,
     /// The architecture's number of the entry's level, after the change.
     pub level: i8,
-    /// The entry inside the window, before it was changed.
+    /// The entry before that: inside the window; in `zap` mode before the window, whose opening removes it.
     pub before: String,
-    /// The entry after that.
+    /// The entry inside the window, after it was changed.
     pub after: String,
 }
 

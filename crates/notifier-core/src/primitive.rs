@@ -357,11 +357,22 @@ enum Source {
     Own(crossbeam_epoch::Collector),
     #[cfg(loom)]
     Never,
+    #[cfg(loom)]
+    Soonest(Arc<soonest::Grace>),
 }
 
 /// While one lives, no table page that was reachable when it was made is freed.
 #[derive(Debug)]
-pub struct Pin(Option<crossbeam_epoch::Guard>);
+pub struct Pin(Held);
+
+#[derive(Debug)]
+enum Held {
+    Epoch(crossbeam_epoch::Guard),
+    #[cfg(loom)]
+    Nothing,
+    #[cfg(loom)]
+    Soonest(soonest::Held),
+}
 
 impl Pin {
     /// Runs `free` once nobody who was pinned before now is pinned any more.
@@ -369,16 +380,21 @@ impl Pin {
         if broken(Twin::RetireFrees) {
             return free();
         }
-        // `None` is a model whose page source frees nothing.
-        if let Some(guard) = &self.0 {
-            guard.defer(free);
+        match &self.0 {
+            Held::Epoch(guard) => guard.defer(free),
+            #[cfg(loom)]
+            Held::Nothing => {}
+            #[cfg(loom)]
+            Held::Soonest(held) => held.retire(free),
         }
     }
 
     /// Lets garbage of this thread be collected soon.
     pub fn flush(&self) {
-        if let Some(guard) = &self.0 {
-            guard.flush();
+        match &self.0 {
+            Held::Epoch(guard) => guard.flush(),
+            #[cfg(loom)]
+            Held::Nothing | Held::Soonest(_) => {}
         }
     }
 }
@@ -403,15 +419,24 @@ impl Reclaim {
         Self(Source::Never)
     }
 
+    /// For models of reclamation: what is retired is freed at the first moment at which an epoch could free it. (Epochs
+    /// themselves are crossbeam's to check, and under loom their lists are most of the state there is.)
+    #[cfg(loom)]
+    pub fn soonest() -> Self {
+        Self(Source::Soonest(Arc::default()))
+    }
+
     /// Pins the calling thread.
     #[inline]
     pub fn pin(&self) -> Pin {
         match &self.0 {
             #[cfg(all(feature = "std", not(loom)))]
-            Source::Shared => Pin(Some(crossbeam_epoch::pin())),
-            Source::Own(collector) => Pin(Some(collector.register().pin())),
+            Source::Shared => Pin(Held::Epoch(crossbeam_epoch::pin())),
+            Source::Own(collector) => Pin(Held::Epoch(collector.register().pin())),
             #[cfg(loom)]
-            Source::Never => Pin(None),
+            Source::Never => Pin(Held::Nothing),
+            #[cfg(loom)]
+            Source::Soonest(grace) => Pin(Held::Soonest(soonest::pin(grace))),
         }
     }
 
@@ -420,9 +445,87 @@ impl Reclaim {
         match &self.0 {
             #[cfg(all(feature = "std", not(loom)))]
             Source::Shared => true,
-            Source::Own(collector) => pin.0.as_ref().and_then(|g| g.collector()) == Some(collector),
+            Source::Own(collector) => match &pin.0 {
+                Held::Epoch(guard) => guard.collector() == Some(collector),
+                #[cfg(loom)]
+                _ => false,
+            },
             #[cfg(loom)]
-            Source::Never => true,
+            Source::Never | Source::Soonest(_) => true,
+        }
+    }
+}
+
+/// Grace as short as the contract of [`Pin::retire`] allows: what is retired waits for exactly those who are pinned then.
+#[cfg(loom)]
+mod soonest {
+    use alloc::{boxed::Box, sync::Arc, vec::Vec};
+    use core::fmt;
+
+    use super::{AtomicUsize, Ordering, fence};
+
+    #[derive(Default)]
+    pub(super) struct Grace {
+        /// Touched at every step, so that the order of steps is loom's to choose.
+        steps: AtomicUsize,
+        state: std::sync::Mutex<State>,
+    }
+
+    #[derive(Default)]
+    struct State {
+        next: u64,
+        pinned: Vec<u64>,
+        /// Who is still waited for, and what for.
+        retired: Vec<(Vec<u64>, Box<dyn FnOnce() + Send>)>,
+    }
+
+    impl fmt::Debug for Grace {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.debug_struct("Grace").finish_non_exhaustive()
+        }
+    }
+
+    #[derive(Debug)]
+    pub(super) struct Held {
+        grace: Arc<Grace>,
+        id: u64,
+    }
+
+    impl Grace {
+        /// One step; its fence is the one that an epoch has in the same place.
+        fn step<R>(&self, step: impl FnOnce(&mut State) -> R) -> R {
+            self.steps.fetch_add(1, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            step(&mut self.state.lock().unwrap())
+        }
+    }
+
+    pub(super) fn pin(grace: &Arc<Grace>) -> Held {
+        let id = grace.step(|state| {
+            state.next += 1;
+            state.pinned.push(state.next);
+            state.next
+        });
+        Held { grace: Arc::clone(grace), id }
+    }
+
+    impl Held {
+        pub(super) fn retire(&self, free: impl FnOnce() + Send + 'static) {
+            self.grace.step(|state| state.retired.push((state.pinned.clone(), Box::new(free))));
+        }
+    }
+
+    impl Drop for Held {
+        fn drop(&mut self) {
+            let free: Vec<_> = self.grace.step(|state| {
+                state.pinned.retain(|id| *id != self.id);
+                state.retired.iter_mut().for_each(|(waits, _)| waits.retain(|id| *id != self.id));
+                let retired = core::mem::take(&mut state.retired);
+                let (free, waiting) = retired.into_iter().partition(|(waits, _)| waits.is_empty());
+                state.retired = waiting;
+                free
+            });
+            free.into_iter().for_each(|(_, free)| free());
         }
     }
 }

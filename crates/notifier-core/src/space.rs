@@ -324,6 +324,14 @@ impl SpaceBuilder {
         self
     }
 
+    /// For models of reclamation: what is unlinked is freed as soon as it may be.
+    #[cfg(loom)]
+    #[must_use]
+    pub fn soonest_reclaim(mut self) -> Self {
+        self.reclaim = Some(Reclaim::soonest());
+        self
+    }
+
     /// The space.
     pub fn build(self) -> Space {
         let inner = |_me: &alloc::sync::Weak<Inner>| Inner {

@@ -459,8 +459,8 @@ impl Space {
         now.count != 0 || now.sequence != snapshot
     }
 
-    /// Tries to finish windows whose guards went away without finishing them; how many are still in progress after that.
-    /// With std a thread does this by itself.
+    /// Tries to finish windows whose guards went away without finishing them; how many are left after that. With std a
+    /// thread does this by itself, and what it has in hand is not counted.
     pub fn reap(&self) -> usize {
         self.0.reap()
     }

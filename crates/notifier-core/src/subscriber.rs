@@ -1,18 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Those who keep a second copy of the translations.
-//!
-//! A [`Subscriber`] is told of every window over bytes it cares for, before they change and after. The contract, from
-//! its side:
-//!
-//! - [`Subscriber::start`] returns when the promise of the window's [`Mode`] holds for every byte of the window,
-//!   caches included; or with an error, having undone what can be undone (what was zapped stays zapped). A subscriber
-//!   whose start failed gets no end.
-//! - [`Subscriber::end`] comes exactly once for each start that succeeded, on any thread. Starts and ends of different
-//!   windows come in any order, and at the same time.
-//! - Between the two it adds no right and no translation in the range. Who installs only through
-//!   [`Admission::check`](crate::Admission::check) keeps this without doing anything.
-//! - Callbacks may not open or close windows, join, leave or change slots: they get a typed error.
-//! - A callback that panics is taken for one that failed.
 
 use alloc::{boxed::Box, sync::Arc, vec::Vec};
 use core::fmt;
@@ -192,7 +179,18 @@ pub enum PageOutcome {
     },
 }
 
-/// Someone who keeps a second copy of the translations. See the [module](self) for the contract.
+/// Someone who keeps a second copy of the translations: is told of every window over bytes it cares for, before they change and after. The contract, from
+/// its side:
+///
+/// - [`Subscriber::start`] returns when the promise of the window's [`Mode`] holds for every byte of the window,
+///   caches included; or with an error, having undone what can be undone (what was zapped stays zapped). A subscriber
+///   whose start failed gets no end.
+/// - [`Subscriber::end`] comes exactly once for each start that succeeded, on any thread. Starts and ends of different
+///   windows come in any order, and at the same time.
+/// - Between the two it adds no right and no translation in the range. Who installs only through
+///   [`Admission::check`](crate::Admission::check) keeps this without doing anything.
+/// - Callbacks may not open or close windows, join, leave or change slots: they get a typed error.
+/// - A callback that panics is taken for one that failed.
 pub trait Subscriber: Send + Sync {
     /// What to call it in errors.
     fn name(&self) -> &str {
@@ -200,12 +198,14 @@ pub trait Subscriber: Send + Sync {
     }
 
     /// What of it cannot be invalidated at all (a device without an unmap call, say): windows over that are refused
-    /// with [`OpenError::Pinned`](crate::OpenError::Pinned). `None` for a subscriber that always follows.
+    /// with [`OpenError::Pinned`](crate::OpenError::Pinned). `None` for a subscriber that always follows. Asked by each
+    /// window, before anybody's start.
     fn not_invalidatable(&self) -> Option<Interest> {
         None
     }
 
-    /// It now belongs to a space. Called once, before any other callback.
+    /// It now belongs to a space: windows that open from now on find it, and wait until this returns. Called once, before
+    /// any other callback. One that panics here does not join.
     fn joined(&self, id: SubscriberId) {
         let _ = id;
     }
@@ -263,7 +263,8 @@ pub trait Subscriber: Send + Sync {
     }
 
     /// These bytes are there now (a slot was added, a hole filled, or the subscriber joined): whoever maps ahead of
-    /// faults maps them.
+    /// faults maps them, through an [`Admission`](crate::Admission) as everybody does: by the time of the call they may
+    /// be gone again. The same bytes may be told of twice.
     ///
     /// # Errors
     /// Any [`SubscriberError`]: whoever was told before is told to zap them again.
@@ -272,7 +273,8 @@ pub trait Subscriber: Send + Sync {
         Ok(())
     }
 
-    /// It leaves, or the space goes away: drop every translation and never make one again. Called once, last.
+    /// It leaves, or the space goes away: drop every translation, flush, and never make one again. Called once, last.
+    /// Windows that open meanwhile wait until this returns.
     fn release(&self) {}
 }
 

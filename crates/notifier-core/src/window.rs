@@ -7,8 +7,10 @@
 //!    started are noted. Joining and leaving take the same lock, so that each pair of a window and a subscriber is
 //!    decided one way: either the window starts the subscriber, or the joining subscriber replays the window.
 //! 2. Fence (W1), poison overlapping faults, fence (W2): see [`crate::fault`].
-//! 3. Leases: cancelled, waited for, or a reason to fail.
-//! 4. Each subscriber's start, in the order in which they joined.
+//! 3. Subscribers that cannot follow: a reason to fail.
+//! 4. Leases: cancelled, waited for, or a reason to fail.
+//! 5. Each subscriber's start, in the order in which they joined. One that is leaving is waited for: until it has
+//!    released, it may translate.
 //!
 //! Finishing:
 //!

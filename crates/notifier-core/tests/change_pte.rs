@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `change_pte`: repointing a page without an exit, and everything it must not do.
+#![cfg(all(feature = "std", not(loom)))]
 
 mod common;
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Faults: what a snapshot covers, when it is lost, and how one waits.
+#![cfg(all(feature = "std", not(loom)))]
 
 mod common;
 

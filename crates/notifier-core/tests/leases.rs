@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Leases: no window goes on beside one, and none is given inside a window.
+#![cfg(all(feature = "std", not(loom)))]
 
 mod common;
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Guards that borrow nothing, for async VMMs.
+#![cfg(all(feature = "std", not(loom)))]
 
 mod common;
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Scopes: a flush waits for those entered before it, and for no others.
+#![cfg(all(feature = "std", not(loom)))]
 
 mod common;
 

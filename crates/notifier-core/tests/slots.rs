@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Slots: aliases, changes while windows are open, holes, and what faults see of all that.
+#![cfg(all(feature = "std", not(loom)))]
 
 mod common;
 

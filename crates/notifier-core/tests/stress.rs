@@ -4,6 +4,7 @@
 //!
 //! Runs for two seconds, or `NOTIFIER_STRESS_SECONDS`; begins from `NOTIFIER_STRESS_SEED`, or from the clock, and prints
 //! which.
+#![cfg(all(feature = "std", not(loom)))]
 
 mod common;
 

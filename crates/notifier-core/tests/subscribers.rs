@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Joining, leaving, and what callbacks may not do.
+#![cfg(all(feature = "std", not(loom)))]
 
 mod common;
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Windows: opening, closing, what goes wrong with either, and what is left after that.
+#![cfg(all(feature = "std", not(loom)))]
 
 mod common;
 

@@ -22,7 +22,7 @@ pub enum HarvestError {
     #[error(transparent)]
     Range(#[from] TableRangeError),
     /// The flush failed, and stays owed. These facts were taken from the table and are lost unless the caller keeps
-    /// them; writes through TLBs that were not flushed may be missing from the next harvest.
+    /// them; they may still be written through TLBs that were not flushed, until a harvest succeeds: copy them after that.
     #[error("{} leaves harvested, not flushed: {source}", .dirty.len())]
     Flush {
         /// What was dirty.
@@ -92,6 +92,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     /// are made clean so that the next write shows: first cleared, then flushed, then returned, so that a write
     /// in between is in this harvest or in the next.
     ///
+    /// Flushes that others owe are inherited: what the sink was told before this began is not written any more, when it
+    /// returns, through the translations that were reported. So take what the sink has, harvest, then copy.
+    ///
     /// # Errors
     /// See [`HarvestError`].
     pub fn harvest_dirty(&self, range: GpaRange) -> Result<Vec<GpaRange>, HarvestError> {
@@ -118,7 +121,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             }
             cursor.pass(&cell);
         }
-        match batch.finish(false) {
+        // Facts that others took meanwhile, and reported, are no longer in the table; but they may still owe the flush.
+        match batch.finish_inheriting(false) {
             Ok(()) => Ok(dirty),
             Err(source) => Err(HarvestError::Flush { dirty, source }),
         }

@@ -61,6 +61,9 @@ pub enum CollapseError {
     /// The admission is of another space. Nothing was done.
     #[error("the admission belongs to another space")]
     ForeignSpace,
+    /// The table has not subscribed to its space, or has left it.
+    #[error("the table is not a subscriber of its space")]
+    NotJoined,
     /// The range is not inside the fault's. Nothing was done.
     #[error("{range} is not inside the fault's range {admitted}")]
     Outside {
@@ -327,6 +330,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         if !admission.is_of(&self.space) {
             return Err(CollapseError::ForeignSpace);
         }
+        if !self.is_joined() {
+            return Err(CollapseError::NotJoined);
+        }
         let admitted = admission.range();
         if !admitted.covers(&range) {
             return Err(CollapseError::Outside { range, admitted });
@@ -540,6 +546,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     ) -> Result<(), CollapseError> {
         Err(match refused {
             Refused::Outside => CollapseError::Outside { range, admitted: admission.range() },
+            Refused::Lost if !self.is_joined() => CollapseError::NotJoined,
             Refused::Lost => CollapseError::Retry { retry: admission.retry(), absent },
         })
     }

@@ -184,11 +184,27 @@ impl Retry {
         self.window
     }
 
+    /// A window that the fault's range would lose to now. By the slots of now: where another host page lies there
+    /// meanwhile, a window over the old one is no reason to wait.
+    fn in_the_way(&self) -> Option<Arc<Record>> {
+        let inner = self.space.inner();
+        let place = match self.place.guest {
+            Some(guest) => {
+                let slots = inner.slots.load();
+                let slot = slots.find(guest.start()).map(|index| slots.get(index));
+                let slot = slot.filter(|slot| slot.guest().covers(&guest));
+                Stretch { guest: Some(guest), host: slot.and_then(|slot| slot.host_of(guest)) }
+            }
+            None => self.place,
+        };
+        inner.overlapping_window(&place)
+    }
+
     /// Waits until no window over the fault's range is open. Returns at once where none is.
     ///
     /// Do not call this inside a scope of the same space: a window that is being opened waits for that scope.
     pub fn wait(&self) {
-        while let Some(record) = self.space.inner().overlapping_window(&self.place) {
+        while let Some(record) = self.in_the_way() {
             record.wait_until_closed();
         }
     }
@@ -200,7 +216,7 @@ impl Retry {
             self.wait();
             return true;
         };
-        while let Some(record) = self.space.inner().overlapping_window(&self.place) {
+        while let Some(record) = self.in_the_way() {
             if !record.wait_until_closed_by(deadline) {
                 return false;
             }

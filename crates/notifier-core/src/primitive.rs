@@ -54,6 +54,8 @@ pub enum Twin {
     ZapSkipsClaim,
     /// What is retired is freed at once, whoever is pinned.
     RetireFrees,
+    /// A collapse forgets the facts that its leaves gathered after it had published the merged leaf.
+    CollapseForgetsFacts,
 }
 
 #[cfg(loom)]

@@ -584,7 +584,12 @@ pub(crate) fn finish(inner: &Inner, record: &Arc<Record>) -> Result<(), CloseCau
     }
     let mut late = {
         let mut registry = inner.registry.lock();
+        let open = registry.windows.len();
         registry.windows.retain(|open| !Arc::ptr_eq(open, record));
+        if registry.windows.len() == open {
+            // It is over already, and this is about an end below that failed.
+            return Ok(());
+        }
         inner.open.store(OpenWindows::new(&registry.windows));
         // I2: whoever sees the count fall (and then has an acquire fence) sees the sequence moved. Whoever sees the
         // sequence moved sees all that was changed in the window: what it looks up after that is new.
@@ -605,9 +610,10 @@ pub(crate) fn finish(inner: &Inner, record: &Arc<Record>) -> Result<(), CloseCau
     };
     record.wake();
     late.retain(|participant| *participant.stage.lock() != Stage::Over);
-    for participant in late {
-        // The window is gone; an end that fails now has nothing to keep in progress.
-        let _ = participant.end(inner, record);
+    let failed = late.iter().filter(|participant| participant.end(inner, record).is_err()).count();
+    if failed != 0 {
+        // The window is over for everybody else; whoever reaps gives these ends again.
+        inner.leave_to_reaper(Arc::clone(record));
     }
     Ok(())
 }

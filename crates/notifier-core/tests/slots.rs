@@ -135,6 +135,17 @@ fn slots_are_replaced_while_windows_are_open() {
 }
 
 #[test]
+fn a_retry_does_not_wait_for_a_window_over_what_the_slot_was() {
+    let (space, toy, _s) = world(4);
+    std::mem::forget(space.zap(hva(HOST, PAGE)).unwrap());
+    let mut walker = space.walker();
+    let Err(FaultError::Retry(retry)) = walker.fault(gpa(0, PAGE)) else { panic!() };
+    space.replace_slots(&[space.slots()[0].0], &[spec(0, 4 * PAGE, 0x200_0000)]).unwrap();
+    returns(move || retry.wait());
+    try_fault(&mut walker, &toy, 0, home(0)).unwrap();
+}
+
+#[test]
 fn what_a_slot_held_is_not_repointed_after_the_slot_was_replaced() {
     // The window was opened when guest 0 was its page; it is another's now, which may share the old output page.
     let (space, toy, _s) = world(4);

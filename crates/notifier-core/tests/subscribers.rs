@@ -286,6 +286,38 @@ fn i10_every_start_has_one_end_however_joins_and_windows_meet() {
 }
 
 #[test]
+fn who_joins_a_window_that_is_closing_gets_its_end_even_if_the_first_fails() {
+    let space = Space::new();
+    let log = Log::default();
+    let (late, fail) = (Arc::new(Mutex::new(None)), Arc::new(AtomicBool::new(true)));
+    let first = Probe::new("first", &log).on_end({
+        let (space, log, late, fail) = (space.clone(), log.clone(), Arc::clone(&late), Arc::clone(&fail));
+        move |_| {
+            if lock(&late).is_some() {
+                return Ok(());
+            }
+            let (space, log, fail) = (space.clone(), log.clone(), Arc::clone(&fail));
+            // Its window is still in progress, and the ends are being given.
+            let join = move || {
+                let probe = Probe::new("late", &log)
+                    .on_end(move |_| if fail.load(Ordering::SeqCst) { Err(refused()) } else { Ok(()) });
+                space.subscribe(probe).unwrap()
+            };
+            *lock(&late) = Some(std::thread::spawn(join).join().unwrap());
+            Ok(())
+        }
+    });
+    let subscription = space.subscribe(first).unwrap();
+    space.zap(hva(0, PAGE)).unwrap().close().unwrap();
+    assert_eq!(space.progress(), Progress { count: 0, sequence: 1 });
+    assert!(log.take().starts_with("first.start first.end late.start late.end"));
+    fail.store(false, Ordering::SeqCst);
+    eventually(|| space.reap() == 0 && log.take().ends_with("late.end"));
+    assert_eq!(space.progress(), Progress { count: 0, sequence: 1 }, "counted once");
+    drop((lock(&late).take(), subscription));
+}
+
+#[test]
 fn ages_are_asked_of_everybody_and_made_old_by_age_only() {
     let (space, toy, _s) = world(8);
     let other = Toy::new(&space, 8);

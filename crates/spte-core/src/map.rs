@@ -300,7 +300,16 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                     let mut batch = Batch::new(self);
                     let unlinked = self.unlink(&pin, &cell, raw, page, Unlink::IfEmpty, &mut batch);
                     batch.finish(false).map_err(|source| MapError::Flush { at, source })?;
-                    if unlinked == Unlinked::InUse {
+                    if unlinked != Unlinked::InUse {
+                        continue;
+                    }
+                    // Perhaps by nothing but empty tables.
+                    let span = AddrRange::with_len(Gpa::new(cell.start), cell.span).unwrap_or(extent.guest);
+                    let trimmed = match cell.level.below() {
+                        None | Some(Level::LEAF) => 0,
+                        Some(_) => self.trim(span).map_err(|source| MapError::Flush { at, source })?,
+                    };
+                    if trimmed == 0 {
                         (lowered, lowered_until) = (cell.level.below().unwrap_or(Level::LEAF), cell.end());
                     }
                 }

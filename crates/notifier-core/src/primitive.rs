@@ -54,7 +54,7 @@ pub enum Twin {
     ZapSkipsClaim,
     /// What is retired is freed at once, whoever is pinned.
     RetireFrees,
-    /// A collapse forgets the facts that its leaves gathered after it had published the merged leaf.
+    /// A collapse forgets the facts that the leaves gathered while they were claimed.
     CollapseForgetsFacts,
 }
 

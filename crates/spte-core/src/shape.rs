@@ -14,7 +14,7 @@
 
 use alloc::vec::Vec;
 
-use notifier_core::primitive::{Backoff, Pin};
+use notifier_core::primitive::{Backoff, Pin, Twin, broken as forgets};
 use notifier_core::{AddrRange, Admission, Gpa, GpaRange, OutputAddr, Refused, Retry, SlotFlags};
 
 use crate::{
@@ -298,7 +298,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             Unlink::WithLeaves => cell.claim_broken(format, raw),
         };
         let Some(claim) = claim else { return Unlinked::LookAgain };
-        if notifier_core::primitive::broken(notifier_core::primitive::Twin::UnlinkLeavesChildren) {
+        if forgets(Twin::UnlinkLeavesChildren) {
             claim.publish(format, format.absent());
             batch.add(cell.start, cell.span, None, true);
             batch.unlink(page, &node);
@@ -492,7 +492,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         // there, and reported if not.
         for (index, claimed) in claims.into_iter().enumerate() {
             let was = claimed.publish(format, format.dead());
-            if notifier_core::primitive::broken(notifier_core::primitive::Twin::CollapseForgetsFacts) {
+            if forgets(Twin::CollapseForgetsFacts) {
                 continue;
             }
             let mut leaf = cell.load(format);
@@ -540,7 +540,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let mut leaf = whole;
         for claimed in claims {
             let was = claimed.publish(format, format.dead());
-            leaf = format.merge_facts(level, leaf, below, was);
+            if !forgets(Twin::CollapseForgetsFacts) {
+                leaf = format.merge_facts(level, leaf, below, was);
+            }
         }
         batch.add(span.start().as_u64(), span.len(), Some(below), true);
         batch.unlink(page, &node);

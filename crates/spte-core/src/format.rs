@@ -385,7 +385,7 @@ pub trait Format: Send + Sync + 'static {
     }
 
     /// Whether hardware may still write facts into an entry after it was replaced, until the flush: the engine then
-    /// reads them again after it.
+    /// reads them again after it. In such a format every change that takes a leaf away, a split included, owes a flush.
     fn late_facts(&self) -> bool {
         false
     }

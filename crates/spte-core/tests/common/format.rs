@@ -332,7 +332,8 @@ impl Format for Tiny {
                 let lost = old & !new & (READ | WRITE | EXECUTE | UPGRADE | DIRTY | FACT) != 0;
                 flush((old ^ new) & (ADDRESS | ATTR) != 0 || lost)
             }
-            (Kind::Leaf, Kind::Table(_)) if !self.breaks() => Transition::FREE,
+            // Facts that come late are read again after a flush: there has to be one.
+            (Kind::Leaf, Kind::Table(_)) if !self.breaks() => flush(self.late),
             (Kind::Leaf | Kind::Table(_), Kind::Leaf | Kind::Table(_)) if self.breaks() && old != new => {
                 Transition::BREAK
             }

@@ -14,6 +14,7 @@ use spte_core::format::{Format, Kind};
 use spte_core::{Found, MapError, MapOptions, Mapped, Table};
 
 pub(crate) use format::{BIG, PAGE, Tiny, flavours};
+#[allow(unused_imports, reason = "each test uses a part")]
 pub(crate) use pages::{Event, Recorded, Recorder};
 
 pub(crate) type TinyTable = Table<Tiny, Recorder, Recorded>;
@@ -94,6 +95,11 @@ impl Rig {
         self.space.admit(over, operation).unwrap()
     }
 
+    /// Merges what can be merged, unless a window is in the way.
+    pub(crate) fn admit_or_retry(&self, over: GpaRange) -> Option<usize> {
+        self.space.admit(over, |admission| self.table.collapse(admission, over).ok()).ok().flatten()
+    }
+
     /// Every leaf.
     pub(crate) fn leaves(&self) -> Vec<Row> {
         let mut rows = Vec::new();
@@ -129,7 +135,14 @@ impl Rig {
 
     /// Lets everything that may be freed be freed.
     pub(crate) fn collect(&self) {
+        // Each time a little is.
         for _ in 0..16 {
+            self.space.pin().flush();
+        }
+        for _ in 0..10_000 {
+            if self.pages.live() == self.table.stats().tables {
+                return;
+            }
             self.space.pin().flush();
         }
     }
@@ -143,6 +156,14 @@ impl Rig {
         self.pages.verify();
         self.no_claims();
         assert_eq!(self.pages.live(), self.table.stats().tables, "{}: tables leak", self.format.name);
+    }
+
+    /// As [`Rig::verify`], while unlinked tables wait for a flush.
+    pub(crate) fn verify_but_limbo(&self) {
+        self.collect();
+        self.table.check().unwrap();
+        self.pages.verify();
+        self.no_claims();
     }
 
     /// Nothing is claimed or dead where nobody works.

@@ -138,8 +138,13 @@ impl<P: PageSource, X: Flush> World<P, X> {
 
     /// Maps `range` to [`OLD`], before any thread runs.
     pub(crate) fn map(&self, walker: &mut Walker, range: GpaRange, access: Access, armed: bool) {
-        let options = MapOptions::default().armed(armed);
-        fault_in(&self.table, walker, range, access, &options, || OLD).unwrap().unwrap();
+        self.map_to(walker, range, access, armed, OLD);
+    }
+
+    /// Maps `range` by leaves of the smallest size, before any thread runs.
+    pub(crate) fn map_to(&self, walker: &mut Walker, range: GpaRange, access: Access, armed: bool, output: OutputAddr) {
+        let options = MapOptions::default().armed(armed).largest(PAGE);
+        fault_in(&self.table, walker, range, access, &options, || output).unwrap().unwrap();
     }
 
     /// The entry that decides about `gpa`, where it is a leaf.

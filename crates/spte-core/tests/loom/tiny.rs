@@ -51,6 +51,22 @@ impl Tiny {
         Self::new(&[leaves, LevelShape { shift: 13, bits: 1, leaf: false }], CLAIM)
     }
 
+    /// As [`Tiny::deep`], with leaves of two pages in the root.
+    pub(crate) fn huge() -> Self {
+        let leaves = LevelShape { shift: 12, bits: 1, leaf: true };
+        Self::new(&[leaves, LevelShape { shift: 13, bits: 1, leaf: true }], CLAIM)
+    }
+
+    /// The same, where a claim makes a present entry transiently absent.
+    pub(crate) fn huge_without_claim_bit() -> Self {
+        Self { claim_bit: 0, ..Self::huge() }
+    }
+
+    /// The leaf `raw` was written to.
+    pub(crate) fn is_written(raw: u64) -> bool {
+        raw & DIRTY != 0
+    }
+
     /// Writing is granted by the leaf `raw`.
     pub(crate) fn grants_writing(raw: u64) -> bool {
         raw & ARMED == 0 && rights(raw).writable()
@@ -200,8 +216,8 @@ impl Format for Tiny {
         raw + index as u64 * level.below().map_or(0, |below| self.geometry.span(below))
     }
 
-    fn collapse(&self, _: Level, _: u64) -> Option<u64> {
-        None
+    fn collapse(&self, level: Level, child: u64) -> Option<u64> {
+        Self::output(child).is_aligned(self.geometry.span(level)).then_some(child)
     }
 
     fn merge_facts(&self, _: Level, into: u64, _: Level, from: u64) -> u64 {

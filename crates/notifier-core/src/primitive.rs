@@ -477,9 +477,11 @@ mod soonest {
     struct State {
         next: u64,
         pinned: Vec<u64>,
-        /// Who is still waited for, and what for.
-        retired: Vec<(Vec<u64>, Box<dyn FnOnce() + Send>)>,
+        retired: Vec<Retired>,
     }
+
+    /// Who is still waited for, and what for.
+    type Retired = (Vec<u64>, Box<dyn FnOnce() + Send>);
 
     impl fmt::Debug for Grace {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -385,7 +385,7 @@ impl Worker<'_> {
                 // Who writes through a lease says so himself.
                 host.mark(page);
             }
-            if lease.is_cancelled() != cancelled.load(Acquire) && cancelled.load(Acquire) {
+            if cancelled.load(Acquire) && !lease.is_cancelled() {
                 self.wrong("a hook was called for a lease that is not cancelled");
             }
             if lease.is_cancelled() {

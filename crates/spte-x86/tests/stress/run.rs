@@ -396,7 +396,9 @@ pub fn run(name: &str, config: Config) -> Result<(), String> {
 
 /// Everybody leaves; nothing is left.
 fn end(shared: Shared, subscription: Subscription, pages: &spte_core::HeapPages) -> Result<(), String> {
-    let Shared { space, primary, host, .. } = shared;
+    let Shared { config, space, primary, host, secondary, .. } = shared;
+    // A table keeps its space.
+    drop(secondary);
     subscription.leave().map_err(|error| error.to_string())?;
     let leaves: u64 = primary.stats().leaves.iter().sum();
     if leaves != 0 {
@@ -409,7 +411,7 @@ fn end(shared: Shared, subscription: Subscription, pages: &spte_core::HeapPages)
     }
     // With a collector that all spaces share nobody is obliged to collect: pin until it has.
     let since = Instant::now();
-    while pages.live() != 0 && !shared.config.private_reclaim && since.elapsed() < Duration::from_secs(5) {
+    while pages.live() != 0 && !config.private_reclaim && since.elapsed() < Duration::from_secs(5) {
         space.pin().flush();
         thread::yield_now();
     }

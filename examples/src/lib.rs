@@ -4,3 +4,8 @@
 #![forbid(unsafe_code)]
 
 pub mod dedup;
+
+/// README's program, compiled and run as it stands there.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub mod readme {}

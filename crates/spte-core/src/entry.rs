@@ -239,7 +239,12 @@ impl Claim<'_> {
         loop {
             // Only facts can have changed under a claim.
             let old = self.old | (found & format.hardware_bits());
-            let mut full = if was_leaf && is_leaf { format.merge_facts(level, new, level, old) } else { new };
+            let mut full = match (was_leaf && is_leaf, format.kind(level, new)) {
+                (true, _) => format.merge_facts(level, new, level, old),
+                // Given back as absent: facts that come late stay until they are collected.
+                (false, Kind::Absent) if new == self.old => old,
+                _ => new,
+            };
             let mut full_old = old;
             if let Some(mirror) = mirror {
                 // The mirror is what hardware reads: it comes first, and the kept entry, for which windows wait, last.

@@ -93,7 +93,10 @@ impl Hardware {
                         while let Err(other) = entry.compare_exchange(found, found | facts) {
                             found = other;
                         }
-                        if format.raw_of(found) & common::format::DIRTY == 0 {
+                        // What is claimed or dead may have given its fact to a merged leaf already: one report for both.
+                        let landed = format.raw_of(found);
+                        let merged = matches!(format.kind(level, landed), Kind::Claimed | Kind::Dead);
+                        if landed & common::format::DIRTY == 0 && !merged {
                             self.dirtied[page as usize].fetch_add(1, Ordering::SeqCst);
                         }
                         return;

@@ -4,39 +4,35 @@
 #[path = "common/driver.rs"]
 mod driver;
 
-use driver::{Driven, Driver};
+use driver::{Driven, Driver, agree};
 use proptest::prelude::*;
-use spte_model::{Model, Op, Shape, parse_script};
-use spte_x86::{Ept, EptOptions, Levels, LongMode, LongModeOptions, Npt};
+use spte_model::{MemType, Op, Shape, parse_script};
+use spte_x86::{
+    Ept, EptAttrs, EptMemoryType, EptOptions, Levels, LongMode, LongModeAttrs, LongModeFormat, LongModeOptions,
+    MemoryType, Npt, Pat, Usage,
+};
 
-/// Runs `ops` on both, and compares what they answer and what they are after each.
-fn agree<F: Driven>(format: F, shape: Shape, ops: &[Op]) {
-    let mut model = Model::new(shape.clone());
-    let mut driver = Driver::new(format, shape);
-    for (index, op) in ops.iter().enumerate() {
-        let Ok(expected) = model.apply(op) else { continue };
-        let found = driver.apply(op).unwrap();
-        assert_eq!(found, expected, "operation {index}, {op}");
-        for &(gpa, leaf) in model.removed() {
-            // I12: what was dirty in an entry that is gone has been reported.
-            let end = gpa + leaf.size;
-            assert!(!leaf.dirty || driver.was_reported(gpa, end), "operation {index}, {op}: lost a write at {gpa:#x}");
-        }
-        for &(gpa, leaf) in model.removed() {
-            driver.forget(gpa, gpa + leaf.size);
-        }
-        if let Err((at, error)) = driver.table.check() {
-            panic!("operation {index}, {op}: {at}: {error}");
-        }
-        // All leaves, where there are few; else now and then.
-        if model.leaves().take(2000).count() < 2000 || index % 16 == 0 || index + 1 == ops.len() {
-            let ours = driver.leaves();
-            let mut theirs = model.leaves();
-            for (at, leaf) in &ours {
-                assert_eq!(theirs.next(), Some((*at, leaf)), "operation {index}, {op}");
-            }
-            assert_eq!(theirs.next(), None, "operation {index}, {op}: leaves are missing");
-        }
+impl Driven for Ept {
+    fn attrs(mem: MemType) -> Option<EptAttrs> {
+        let memory_type = match mem {
+            MemType::Wb => EptMemoryType::WriteBack,
+            MemType::Uc => EptMemoryType::Uncacheable,
+            MemType::Wc => EptMemoryType::WriteCombining,
+            MemType::Wt => EptMemoryType::WriteThrough,
+        };
+        Some(EptAttrs { memory_type, ignore_pat: true })
+    }
+}
+
+impl<U: Usage> Driven for LongModeFormat<U> {
+    fn attrs(mem: MemType) -> Option<LongModeAttrs> {
+        let memory_type = match mem {
+            MemType::Wb => MemoryType::WriteBack,
+            MemType::Uc => MemoryType::Uncacheable,
+            MemType::Wc => MemoryType::WriteCombining,
+            MemType::Wt => MemoryType::WriteThrough,
+        };
+        Some(LongModeAttrs { selector: Pat::RESET.selector(memory_type)?, ..LongModeAttrs::default() })
     }
 }
 

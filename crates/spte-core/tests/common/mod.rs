@@ -13,6 +13,7 @@ use notifier_core::{
 use spte_core::format::{Format, Kind};
 use spte_core::{Found, MapError, MapOptions, Mapped, Table};
 
+#[allow(unused_imports, reason = "each test uses a part")]
 pub(crate) use format::{BIG, PAGE, Tiny, flavours};
 #[allow(unused_imports, reason = "each test uses a part")]
 pub(crate) use pages::{Event, Recorded, Recorder};

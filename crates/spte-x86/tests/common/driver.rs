@@ -12,37 +12,12 @@ use notifier_core::{
 };
 use spte_core::format::{Format, FormatError, Kind, LeafSpec, Level};
 use spte_core::{HeapPages, MapError, MapOptions, Miss, Table, Upgrade};
-use spte_model::{Fault, Leaf, Logging, MemType, Op, Outcome, PageChoice, Reject, Shape, TouchKind};
-use spte_x86::{Ept, EptAttrs, EptMemoryType, LongModeAttrs, LongModeFormat, MemoryType, Pat, Usage};
+use spte_model::{Fault, Leaf, Logging, MemType, Model, Op, Outcome, PageChoice, Reject, Shape, TouchKind};
 
 /// What the driver has to know of a format beyond [`Format`].
 pub(crate) trait Driven: Format {
     /// The attributes of a memory type, `None` where there are none.
     fn attrs(mem: MemType) -> Option<Self::Attrs>;
-}
-
-impl Driven for Ept {
-    fn attrs(mem: MemType) -> Option<EptAttrs> {
-        let memory_type = match mem {
-            MemType::Wb => EptMemoryType::WriteBack,
-            MemType::Uc => EptMemoryType::Uncacheable,
-            MemType::Wc => EptMemoryType::WriteCombining,
-            MemType::Wt => EptMemoryType::WriteThrough,
-        };
-        Some(EptAttrs { memory_type, ignore_pat: true })
-    }
-}
-
-impl<U: Usage> Driven for LongModeFormat<U> {
-    fn attrs(mem: MemType) -> Option<LongModeAttrs> {
-        let memory_type = match mem {
-            MemType::Wb => MemoryType::WriteBack,
-            MemType::Uc => MemoryType::Uncacheable,
-            MemType::Wc => MemoryType::WriteCombining,
-            MemType::Wt => MemoryType::WriteThrough,
-        };
-        Some(LongModeAttrs { selector: Pat::RESET.selector(memory_type)?, ..LongModeAttrs::default() })
-    }
 }
 
 /// A set of addresses, as disjoint ranges.
@@ -427,5 +402,36 @@ impl<F: Driven> Driver<F> {
 impl<F: Driven> Drop for Driver<F> {
     fn drop(&mut self) {
         drop(self.subscription.take());
+    }
+}
+
+/// Runs `ops` on both, and compares what they answer and what they are after each.
+pub(crate) fn agree<F: Driven>(format: F, shape: Shape, ops: &[Op]) {
+    let mut model = Model::new(shape.clone());
+    let mut driver = Driver::new(format, shape);
+    for (index, op) in ops.iter().enumerate() {
+        let Ok(expected) = model.apply(op) else { continue };
+        let found = driver.apply(op).unwrap();
+        assert_eq!(found, expected, "operation {index}, {op}");
+        for &(gpa, leaf) in model.removed() {
+            // I12: what was dirty in an entry that is gone has been reported.
+            let end = gpa + leaf.size;
+            assert!(!leaf.dirty || driver.was_reported(gpa, end), "operation {index}, {op}: lost a write at {gpa:#x}");
+        }
+        for &(gpa, leaf) in model.removed() {
+            driver.forget(gpa, gpa + leaf.size);
+        }
+        if let Err((at, error)) = driver.table.check() {
+            panic!("operation {index}, {op}: {at}: {error}");
+        }
+        // All leaves, where there are few; else now and then.
+        if model.leaves().take(2000).count() < 2000 || index % 16 == 0 || index + 1 == ops.len() {
+            let ours = driver.leaves();
+            let mut theirs = model.leaves();
+            for (at, leaf) in &ours {
+                assert_eq!(theirs.next(), Some((*at, leaf)), "operation {index}, {op}");
+            }
+            assert_eq!(theirs.next(), None, "operation {index}, {op}: leaves are missing");
+        }
     }
 }

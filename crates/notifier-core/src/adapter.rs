@@ -14,7 +14,8 @@ use crate::{
     fault::{Admission, Extent, Refused, Retry},
     primitive::Mutex,
     slots::Stretch,
-    subscriber::{Coverage, Mode, Subscriber, SubscriberError, SubscriberId},
+    subscriber::{ChangeBatch, Coverage, Mode, PageOutcome, Subscriber, SubscriberError},
+    subscription::Membership,
 };
 
 /// A failed call of a consumer.
@@ -72,6 +73,12 @@ pub enum CallMapError {
         /// What is mapped.
         mapped: GpaRange,
     },
+    /// The adapter belongs to another space than the fault, or is not told of windows over these bytes.
+    #[error("the consumer is not told of windows over {range} of this space")]
+    NotMember {
+        /// The extent's guest range.
+        range: GpaRange,
+    },
     /// The adapter is not part of a space (any more).
     #[error("the consumer has left its space")]
     Left,
@@ -87,12 +94,26 @@ pub enum CallMapError {
 
 #[derive(Debug, Default)]
 struct Mapped {
-    joined: bool,
+    /// Set while it belongs to a space.
+    membership: Option<Membership>,
     /// By guest start; disjoint.
     extents: BTreeMap<Gpa, Extent>,
 }
 
 impl Mapped {
+    /// `extent` is not mapped any more.
+    fn unmapped(&mut self, extent: &Extent) {
+        self.written(extent);
+        self.extents.remove(&extent.guest.start());
+    }
+
+    /// The device may have written all that it could.
+    fn written(&self, extent: &Extent) {
+        if let Some(membership) = self.membership.as_ref().filter(|_| extent.access.writable()) {
+            membership.report_dirty(extent.guest);
+        }
+    }
+
     fn overlapping(&self, range: GpaRange) -> impl Iterator<Item = Extent> + '_ {
         // Extents are disjoint: of those that begin before the range only the last can reach into it.
         let first = self.extents.range(..=range.start()).next_back().map_or(range.start(), |(&start, _)| start);
@@ -133,9 +154,7 @@ impl<C: CallConsumer> CallAdapter<C> {
             let range = extent.guest;
             // Held across check and call: the whole point of this type.
             let mut mapped = self.mapped.lock();
-            if !mapped.joined {
-                return Err(CallMapError::Left);
-            }
+            let Some(membership) = mapped.membership.clone() else { return Err(CallMapError::Left) };
             let present = mapped.overlapping(range).next();
             match present {
                 Some(other) if other.guest != range || other.output != extent.output => {
@@ -145,9 +164,10 @@ impl<C: CallConsumer> CallAdapter<C> {
                 Some(other) if other.access.contains(extent.access) => continue,
                 _ => {}
             }
-            match admission.check(range) {
+            match admission.check_for(&membership, range) {
                 Ok(()) => {}
                 Err(Refused::Outside) => return Err(CallMapError::Outside { range }),
+                Err(Refused::NotMember) => return Err(CallMapError::NotMember { range }),
                 Err(Refused::Lost) => {
                     drop(mapped);
                     return Err(admission.retry().into());
@@ -156,7 +176,7 @@ impl<C: CallConsumer> CallAdapter<C> {
             if let Some(lesser) = present {
                 // Calls have no upgrade; between the two the device faults, as after any window.
                 self.consumer.unmap(&lesser).map_err(|source| CallMapError::Call { range, source })?;
-                mapped.extents.remove(&range.start());
+                mapped.unmapped(&lesser);
             }
             self.consumer.map(&extent).map_err(|source| CallMapError::Call { range, source })?;
             mapped.extents.insert(range.start(), extent);
@@ -169,16 +189,18 @@ impl<C: CallConsumer> CallAdapter<C> {
         self.mapped.lock().extents.values().copied().collect()
     }
 
-    fn unmap(&self, reach: &[Stretch]) -> Result<(), SubscriberError> {
+    fn unmap(&self, reach: &[Stretch]) -> Result<bool, SubscriberError> {
         let mut mapped = self.mapped.lock();
+        let mut any = false;
         for range in reach.iter().filter_map(|stretch| stretch.guest) {
             let hit: Vec<_> = mapped.overlapping(range).collect();
             for extent in hit {
                 self.consumer.unmap(&extent).map_err(SubscriberError::Other)?;
-                mapped.extents.remove(&extent.guest.start());
+                mapped.unmapped(&extent);
+                any = true;
             }
         }
-        Ok(())
+        Ok(any)
     }
 
     fn retain(&self, reach: &[Stretch]) -> Result<(), SubscriberError> {
@@ -187,11 +209,12 @@ impl<C: CallConsumer> CallAdapter<C> {
             let hit: Vec<_> = mapped.overlapping(range).filter(|extent| extent.access.writable()).collect();
             for mut extent in hit {
                 if self.consumer.make_read_only(&extent).map_err(SubscriberError::Other)? {
+                    mapped.written(&extent);
                     extent.access = extent.access.difference(Access::WRITE);
                     mapped.extents.insert(extent.guest.start(), extent);
                 } else {
                     self.consumer.unmap(&extent).map_err(SubscriberError::Other)?;
-                    mapped.extents.remove(&extent.guest.start());
+                    mapped.unmapped(&extent);
                 }
             }
         }
@@ -204,27 +227,42 @@ impl<C: CallConsumer> Subscriber for CallAdapter<C> {
         self.consumer.name()
     }
 
-    fn joined(&self, _: SubscriberId) {
-        self.mapped.lock().joined = true;
+    fn joined(&self, membership: Membership) -> Result<(), SubscriberError> {
+        let mut mapped = self.mapped.lock();
+        if mapped.membership.is_some() {
+            return Err(SubscriberError::Other("the consumer belongs to a space already".into()));
+        }
+        mapped.membership = Some(membership);
+        Ok(())
     }
 
     fn start(&self, window: &Coverage<'_>) -> Result<(), SubscriberError> {
         match window.mode() {
-            Mode::Zapped => self.unmap(window.stretches()),
+            Mode::Zapped => self.unmap(window.stretches()).map(drop),
             Mode::Retained => self.retain(window.stretches()),
         }
     }
 
     fn zap(&self, part: &Coverage<'_>) -> Result<(), SubscriberError> {
-        self.unmap(part.stretches())
+        self.unmap(part.stretches()).map(drop)
     }
 
-    fn release(&self) {
-        let mut mapped = self.mapped.lock();
-        mapped.joined = false;
-        // The consumer goes away with its mappings; one that refuses has nobody left to be told.
-        for extent in core::mem::take(&mut mapped.extents).into_values() {
-            let _ = self.consumer.unmap(&extent);
+    fn change_pte(&self, batch: &ChangeBatch<'_>, outcomes: &mut [PageOutcome]) -> Result<(), SubscriberError> {
+        // A call cannot repoint; but what was not mapped is absent, and not zapped.
+        for (stretch, outcome) in batch.stretches().iter().zip(outcomes) {
+            let zapped = self.unmap(core::slice::from_ref(stretch))?;
+            *outcome = if zapped { PageOutcome::Zapped { found: None } } else { PageOutcome::Absent };
         }
+        Ok(())
+    }
+
+    fn release(&self) -> Result<(), SubscriberError> {
+        let mut mapped = self.mapped.lock();
+        while let Some(extent) = mapped.extents.values().next().copied() {
+            self.consumer.unmap(&extent).map_err(SubscriberError::Other)?;
+            mapped.unmapped(&extent);
+        }
+        mapped.membership = None;
+        Ok(())
     }
 }

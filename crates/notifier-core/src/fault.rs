@@ -38,6 +38,7 @@ use crate::{
     primitive::{AtomicBool, AtomicU64, AtomicUsize, Loaded, Mutex, Ordering, Twin, broken, fence, fence_unless},
     slots::{Slot, SlotFlags, SlotId, SlotMap, Stretch},
     space::{Inner, Space},
+    subscription::Membership,
     window::{Key, Record},
 };
 
@@ -462,6 +463,8 @@ pub enum Refused {
     Lost,
     /// The span is not inside the snapshot.
     Outside,
+    /// The subscriber is not (any more) a member of the fault's space that is told of windows over the span.
+    NotMember,
 }
 
 /// The right to add translations and rights in one range, for as long as no window takes it away.
@@ -515,6 +518,21 @@ impl Admission<'_> {
     #[inline]
     pub fn is_of(&self, space: &Space) -> bool {
         core::ptr::eq(Arc::as_ptr(self.fault.inner), space.inner_ptr())
+    }
+
+    /// [`Admission::check`], for a subscriber: whether `member`, too, is told of windows over all of `span`. Every
+    /// subscriber that keeps translations asks this one.
+    ///
+    /// # Errors
+    /// [`Refused`]: give the claim back.
+    #[inline]
+    pub fn check_for(&self, member: &Membership, span: GpaRange) -> Result<(), Refused> {
+        self.check(span)?;
+        let place = Stretch { guest: Some(span), host: self.fault.slot().and_then(|slot| slot.host_of(span)) };
+        // Who leaves clears the mark, fences, and then looks for what is to be released: after the fence in `check` either
+        // we see the mark cleared, or that look finds our claim.
+        let told = member.is_in(Arc::as_ptr(self.fault.inner)) && member.covers(&place) && member.is_live();
+        if told { Ok(()) } else { Err(Refused::NotMember) }
     }
 
     /// The check between claim and publish: after the entry (or the parent of what is to be published) was claimed,

@@ -358,6 +358,12 @@ impl<A: WindowAddress> InvalidationGuard<'_, Retained, A> {
             .iter()
             .map(|change| Changed { page: change.page, outcome: Outcome::Absent, old: change.expected, found: None })
             .collect();
+        // From here on a page has no outcome until it has a new one, whatever it had before.
+        for change in changes {
+            if let Ok(range) = AddrRange::with_len(change.page, page_size) {
+                record.unsettle(A::key(range));
+            }
+        }
         let batch = ChangeBatch { window: record.id(), page_size, pages: &pages };
         let mut outcomes = vec![PageOutcome::Absent; pages.len()];
         for participant in record.participants() {

@@ -146,5 +146,5 @@ pub use subscriber::{
     ChangeBatch, Coverage, DirtySink, Interest, Mode, PageChange, PageOutcome, Subscriber, SubscriberError,
     SubscriberId,
 };
-pub use subscription::{JoinError, LeaveError, Subscription};
+pub use subscription::{JoinError, LeaveError, Membership, Subscription};
 pub use window::{CloseCause, Holder, Key, OpenError, WindowAddress};

@@ -105,6 +105,14 @@ pub fn context() -> usize {
     0
 }
 
+/// Runs code that may panic; `None` where it did. Without std a panic is final anyway.
+pub fn caught<R>(code: impl FnOnce() -> R) -> Option<R> {
+    #[cfg(all(feature = "std", not(loom)))]
+    return std::panic::catch_unwind(core::panic::AssertUnwindSafe(code)).ok();
+    #[cfg(any(not(feature = "std"), loom))]
+    Some(code())
+}
+
 /// Waits for another thread's next step: spins a little, then gives the processor away.
 #[derive(Debug, Default)]
 pub struct Backoff {
@@ -131,7 +139,7 @@ impl Backoff {
                 6..1024 => std::thread::yield_now(),
                 _ => std::thread::sleep(core::time::Duration::from_micros(50)),
             }
-            self.round += 1;
+            self.round = self.round.saturating_add(1);
         }
         #[cfg(all(not(feature = "std"), not(loom)))]
         {
@@ -249,6 +257,49 @@ impl Condvar {
     pub fn notify_all(&self) {
         #[cfg(any(feature = "std", loom))]
         self.inner.notify_all();
+    }
+}
+
+// ---- set once ----------------------------------------------------------------------------------------------------
+
+/// A value that is set once and read without waiting.
+#[derive(Debug)]
+pub struct SetOnce<T> {
+    #[cfg(any(feature = "std", loom))]
+    inner: std::sync::OnceLock<T>,
+    #[cfg(all(not(feature = "std"), not(loom)))]
+    inner: spin::Once<T>,
+}
+
+impl<T> Default for SetOnce<T> {
+    fn default() -> Self {
+        #[cfg(any(feature = "std", loom))]
+        return Self { inner: std::sync::OnceLock::new() };
+        #[cfg(all(not(feature = "std"), not(loom)))]
+        return Self { inner: spin::Once::new() };
+    }
+}
+
+impl<T> SetOnce<T> {
+    /// Sets the value; `false` where it was set already.
+    pub fn set(&self, value: T) -> bool {
+        #[cfg(any(feature = "std", loom))]
+        return self.inner.set(value).is_ok();
+        #[cfg(all(not(feature = "std"), not(loom)))]
+        {
+            let mut set = false;
+            self.inner.call_once(|| {
+                set = true;
+                value
+            });
+            set
+        }
+    }
+
+    /// The value, if it is set.
+    #[inline]
+    pub fn get(&self) -> Option<&T> {
+        self.inner.get()
     }
 }
 

@@ -149,13 +149,11 @@ pub(crate) fn wait_for_scopes(inner: &Inner, nonblocking: bool) -> Result<(), Sc
     if broken(Twin::FlushSkipsScopes) {
         return Ok(());
     }
-    let lines = inner.lines.load();
-    let me = context();
-    for line in lines.iter() {
+    if in_own_scope(inner) {
+        return Err(ScopeWaitError::InScope);
+    }
+    for line in inner.lines.load().iter() {
         let Some(entered) = line.current_scope() else { continue };
-        if me != 0 && line.scope_owner() == me {
-            return Err(ScopeWaitError::InScope);
-        }
         if nonblocking {
             return Err(ScopeWaitError::WouldBlock);
         }

@@ -2,9 +2,9 @@
 //! Slots: which guest physical bytes lie at which host virtual address (Linux: memslots).
 //!
 //! A slot never changes: it is added, removed, or replaced by another one, and each of these goes through a window over
-//! its guest range. Two sets are kept. Faults serve from one, windows walk the other; a slot that is being removed leaves
-//! the first at once and the second only after every subscriber has dropped what it mapped through it. So no fault maps
-//! through a slot that windows no longer see.
+//! its guest range. A slot that is being removed stops serving faults when that window is recorded, is dropped by every
+//! subscriber while it opens, and leaves the set that windows walk only then. So no fault maps through a slot that windows
+//! no longer see.
 
 use alloc::{sync::Arc, vec::Vec};
 use core::fmt;

@@ -71,13 +71,14 @@ pub(crate) struct Inner {
     pub(crate) slots_stay: Gate,
     /// For the reaper, which must not keep the space.
     #[cfg(all(feature = "std", not(loom)))]
-    me: alloc::sync::Weak<Inner>,
+    pub(crate) me: alloc::sync::Weak<Inner>,
     pub(crate) leases: crate::lease::Leases,
     pub(crate) counters: WindowCounters,
     pub(crate) reclaim: Reclaim,
     pub(crate) page_size: u64,
     sink: Box<dyn DirtySink>,
     unfinished: SegQueue<Arc<Record>>,
+    unreleased: SegQueue<SubscriberId>,
     #[cfg_attr(any(not(feature = "std"), loom), expect(dead_code, reason = "there is no reaper thread to wake"))]
     reaper: Mutex<ReaperSlot>,
 }
@@ -139,8 +140,18 @@ impl Inner {
         self.leave_to_reaper(record);
     }
 
+    /// Keeps a subscriber that left and may still translate for whoever tries to release it again.
+    pub(crate) fn leave_unreleased(&self, id: SubscriberId) {
+        self.unreleased.push(id);
+        self.wake_reaper();
+    }
+
     pub(crate) fn leave_to_reaper(&self, record: Arc<Record>) {
         self.unfinished.push(record);
+        self.wake_reaper();
+    }
+
+    fn wake_reaper(&self) {
         #[cfg(all(feature = "std", not(loom)))]
         {
             self.have_reaper();
@@ -162,7 +173,7 @@ impl Inner {
         }
     }
 
-    /// Tries to finish what is left; how many are left after that.
+    /// Tries to finish what is left, and to release subscribers that could not be; how many are left after that.
     pub(crate) fn reap(&self) -> usize {
         let mut failed = Vec::new();
         for _ in 0..self.unfinished.len() {
@@ -171,7 +182,12 @@ impl Inner {
                 failed.push(record);
             }
         }
-        let left = failed.len();
+        let mut left = failed.len();
+        let unreleased: Vec<_> = core::iter::from_fn(|| self.unreleased.pop()).take(self.unreleased.len()).collect();
+        for id in unreleased {
+            let member = self.registry.lock().members.iter().find(|member| member.id() == id).cloned();
+            left += usize::from(member.is_some_and(|member| !member.release_again(self)));
+        }
         failed.into_iter().for_each(|record| self.unfinished.push(record));
         left
     }
@@ -253,7 +269,8 @@ impl Drop for Inner {
     fn drop(&mut self) {
         let members = core::mem::take(&mut self.registry.lock().members);
         for member in members {
-            member.leave(self, true);
+            // Nobody is left to be told of a failure; nobody can open a window any more either.
+            let _ = member.leave(self, subscription::Leaving::Outside);
         }
     }
 }
@@ -360,6 +377,7 @@ impl SpaceBuilder {
             page_size: self.page_size,
             sink: self.sink,
             unfinished: SegQueue::new(),
+            unreleased: SegQueue::new(),
             reaper: Mutex::default(),
         };
         Space(Arc::new_cyclic(inner))
@@ -453,7 +471,8 @@ impl Space {
     }
 
     /// Linux's test (`mmu_invalidate_retry`): whether something looked up after the sequence was read as `snapshot` may
-    /// be out of date. Coarse: any window anywhere says so.
+    /// be out of date. Coarse: any window anywhere says so. As in Linux, it decides something only under a lock that the
+    /// subscriber's start takes too; without one it is a hint.
     pub fn must_retry(&self, snapshot: u64) -> bool {
         let now = self.progress();
         now.count != 0 || now.sequence != snapshot

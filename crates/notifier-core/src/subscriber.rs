@@ -7,6 +7,7 @@ use core::fmt;
 use crate::{
     addr::{AddrRange, Gpa, GpaRange, Hva, HvaRange, OutputAddr},
     slots::Stretch,
+    subscription::Membership,
 };
 
 /// The two states a window can put its range in.
@@ -204,10 +205,15 @@ pub trait Subscriber: Send + Sync {
         None
     }
 
-    /// It now belongs to a space: windows that open from now on find it, and wait until this returns. Called once, before
-    /// any other callback. One that panics here does not join.
-    fn joined(&self, id: SubscriberId) {
-        let _ = id;
+    /// It now belongs to a space: windows that open from now on find it, and wait until this returns. Called before any
+    /// other callback of this subscription. What it installs it shows the membership for
+    /// ([`Admission::check_for`](crate::Admission::check_for)).
+    ///
+    /// # Errors
+    /// Any [`SubscriberError`]: it does not join (because it belongs to another space, say).
+    fn joined(&self, membership: Membership) -> Result<(), SubscriberError> {
+        let _ = membership;
+        Ok(())
     }
 
     /// The bytes of `window` are about to change. On return the promise of its mode holds.
@@ -233,7 +239,8 @@ pub trait Subscriber: Send + Sync {
 
     /// Inside a Retained window: repoints the pages and says for each what came of it (`outcomes` has as many items as
     /// the batch has pages). On return nothing translates to an expected page any more, caches included. Changes,
-    /// never creates. The default removes.
+    /// never creates. The default removes, and says
+    /// `Zapped` of every page, whether or not it had it.
     ///
     /// # Errors
     /// Any [`SubscriberError`]: the pages are then zapped.
@@ -273,9 +280,14 @@ pub trait Subscriber: Send + Sync {
         Ok(())
     }
 
-    /// It leaves, or the space goes away: drop every translation, flush, and never make one again. Called once, last.
-    /// Windows that open meanwhile wait until this returns.
-    fn release(&self) {}
+    /// It leaves, or the space goes away: drop every translation, flush, and never make one again. Called last, and again
+    /// where it fails. Windows that open meanwhile wait until this returns.
+    ///
+    /// # Errors
+    /// Any [`SubscriberError`]: windows over its bytes try again, and are refused while it fails.
+    fn release(&self) -> Result<(), SubscriberError> {
+        Ok(())
+    }
 }
 
 impl<T: Subscriber + ?Sized> Subscriber for Arc<T> {
@@ -285,8 +297,8 @@ impl<T: Subscriber + ?Sized> Subscriber for Arc<T> {
     fn not_invalidatable(&self) -> Option<Interest> {
         (**self).not_invalidatable()
     }
-    fn joined(&self, id: SubscriberId) {
-        (**self).joined(id);
+    fn joined(&self, membership: Membership) -> Result<(), SubscriberError> {
+        (**self).joined(membership)
     }
     fn start(&self, window: &Coverage<'_>) -> Result<(), SubscriberError> {
         (**self).start(window)
@@ -309,12 +321,13 @@ impl<T: Subscriber + ?Sized> Subscriber for Arc<T> {
     fn populate(&self, part: &Stretch) -> Result<(), SubscriberError> {
         (**self).populate(part)
     }
-    fn release(&self) {
-        (**self).release();
+    fn release(&self) -> Result<(), SubscriberError> {
+        (**self).release()
     }
 }
 
-/// Receives dirty facts: guest bytes that were written since they were last reported. Facts come from any thread, may
+/// Receives dirty facts: guest bytes that were written since they were last reported. A fact comes when no write that
+/// it stands for can follow any more. Facts come from any thread, may
 /// come more than once, and reach the sink before the operation that found them returns.
 pub trait DirtySink: Send + Sync {
     /// The guest wrote somewhere in `range`.

@@ -5,14 +5,20 @@
 //! open, then the ranges that are populated. It waits for no guard. Leaving returns when none of the subscriber's
 //! callbacks runs, and none will.
 
-use alloc::{boxed::Box, string::String, sync::Arc, vec::Vec};
+use alloc::{
+    boxed::Box,
+    string::String,
+    sync::{Arc, Weak},
+    vec::Vec,
+};
 use core::fmt;
 
 use crate::{
-    primitive::{Condvar, Mutex},
+    addr::GpaRange,
+    primitive::{AtomicBool, Condvar, Mutex, Ordering, fence},
     scope::in_own_scope,
     slots::Stretch,
-    space::Inner,
+    space::{Inner, Space},
     subscriber::{Coverage, Interest, Mode, Subscriber, SubscriberError, SubscriberId},
     window::{CloseCause, Participant},
 };
@@ -61,6 +67,67 @@ pub enum LeaveError {
     /// subscription again.
     #[error("left inside the caller's own scope")]
     InScope(Subscription),
+    /// Its release failed. It is not told of anything any more, but may still translate: windows over its bytes try the
+    /// release again, and are refused while it fails.
+    #[error("{id} could not give up what it translates: {source}")]
+    Release {
+        /// Which subscriber.
+        id: SubscriberId,
+        /// Its error.
+        source: SubscriberError,
+    },
+}
+
+/// A subscriber's place in a space: what it shows to [`Admission::check_for`](crate::Admission::check_for) when it
+/// installs. Handed out by [`Subscriber::joined`] alone, and good until it leaves.
+#[derive(Debug, Clone)]
+pub struct Membership {
+    space: Weak<Inner>,
+    id: SubscriberId,
+    interest: Interest,
+    live: Arc<AtomicBool>,
+}
+
+impl Membership {
+    /// The subscription's number.
+    pub fn id(&self) -> SubscriberId {
+        self.id
+    }
+
+    /// Which bytes the subscriber is told of: it may translate no others.
+    pub fn interest(&self) -> Interest {
+        self.interest
+    }
+
+    /// Whether the subscriber has not left.
+    pub fn is_live(&self) -> bool {
+        self.live.load(Ordering::Relaxed)
+    }
+
+    /// Whether this is a place in `space`.
+    pub fn is_of(&self, space: &Space) -> bool {
+        self.is_in(space.inner_ptr())
+    }
+
+    pub(crate) fn is_in(&self, space: *const Inner) -> bool {
+        core::ptr::eq(self.space.as_ptr(), space)
+    }
+
+    /// Whether windows over any byte of `place` reach the subscriber.
+    pub(crate) fn covers(&self, place: &Stretch) -> bool {
+        match self.interest {
+            Interest::Whole => true,
+            Interest::Guest(mine) => place.guest.is_some_and(|guest| mine.covers(&guest)),
+            Interest::Host(mine) => place.host.is_some_and(|host| mine.covers(&host)),
+        }
+    }
+
+    /// Hands a dirty fact to the space's sink.
+    pub fn report_dirty(&self, range: GpaRange) {
+        if let Some(inner) = self.space.upgrade() {
+            Space::from_inner(inner).report_dirty(range);
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -72,6 +139,8 @@ struct Calls {
     left: bool,
     /// Somebody runs its release, or has run it.
     releasing: bool,
+    /// Its release failed, or could not be run where it left: whoever needs it gone tries (again).
+    stuck: bool,
     /// It translates nothing any more.
     released: bool,
 }
@@ -88,6 +157,8 @@ pub(crate) struct Member {
     id: SubscriberId,
     interest: Interest,
     subscriber: Box<dyn Subscriber>,
+    /// Cleared when it leaves: installs ask for it after their claim (see [`Membership`]).
+    live: Arc<AtomicBool>,
     calls: Mutex<Calls>,
     idle: Condvar,
 }
@@ -100,7 +171,8 @@ impl fmt::Debug for Member {
 
 impl Member {
     pub(crate) fn new(id: SubscriberId, interest: Interest, subscriber: Box<dyn Subscriber>) -> Arc<Self> {
-        Arc::new(Self { id, interest, subscriber, calls: Mutex::default(), idle: Condvar::new() })
+        let live = Arc::new(AtomicBool::new(true));
+        Arc::new(Self { id, interest, subscriber, live, calls: Mutex::default(), idle: Condvar::new() })
     }
 
     pub(crate) fn id(&self) -> SubscriberId {
@@ -120,7 +192,8 @@ impl Member {
     }
 
     /// Runs a callback that a window depends on. `None` if the subscriber has left, and then it has released too: while
-    /// it is leaving (or joining) this waits, or with `nonblocking` fails.
+    /// it is leaving (or joining) this waits, or with `nonblocking` fails. Where its release failed it is tried again here:
+    /// it may still translate, and nobody else can make it stop.
     pub(crate) fn call<R>(
         &self,
         inner: &Inner,
@@ -132,6 +205,10 @@ impl Member {
             while calls.in_between() {
                 if nonblocking {
                     return Some(Err(SubscriberError::WouldBlock));
+                }
+                if core::mem::take(&mut calls.stuck) {
+                    drop(calls);
+                    return self.release(inner).err().map(Err);
                 }
                 calls = self.idle.wait(&self.calls, calls);
             }
@@ -177,21 +254,22 @@ impl Member {
             last
         };
         if release {
-            self.release(inner);
+            // Where it fails, the next window over its interest tries again, and the reaper.
+            let _ = self.release(inner);
         }
         result
     }
 
     /// Tells the subscriber that it has joined, and lets callbacks begin.
     fn join(&self, inner: &Inner) -> Result<(), SubscriberError> {
-        let result = inner.callback(|| {
-            self.subscriber.joined(self.id);
-            Ok(())
-        });
+        let membership =
+            Membership { space: inner.me.clone(), id: self.id, interest: self.interest, live: Arc::clone(&self.live) };
+        let result = inner.callback(|| self.subscriber.joined(membership));
         let mut calls = self.calls.lock();
         if result.is_ok() {
             calls.joined = true;
         } else {
+            self.live.store(false, Ordering::Relaxed);
             (calls.left, calls.releasing, calls.released) = (true, true, true);
         }
         drop(calls);
@@ -203,14 +281,32 @@ impl Member {
     }
 
     /// It leaves the registry last: as long as it may translate anything, windows find it there and wait.
-    fn release(&self, inner: &Inner) {
-        let _ = inner.callback(|| {
-            self.subscriber.release();
-            Ok(())
-        });
-        self.calls.lock().released = true;
+    fn release(&self, inner: &Inner) -> Result<(), SubscriberError> {
+        self.live.store(false, Ordering::Relaxed);
+        // Whoever claims after this fence sees that it has left; whoever claimed before is found by the release's walk.
+        fence(Ordering::SeqCst);
+        let result = inner.callback(|| self.subscriber.release());
+        {
+            let mut calls = self.calls.lock();
+            calls.released = result.is_ok();
+            calls.stuck = result.is_err();
+        }
         self.idle.notify_all();
-        self.forget(inner);
+        if result.is_ok() {
+            self.forget(inner);
+        } else {
+            inner.leave_unreleased(self.id);
+        }
+        result
+    }
+
+    /// Tries a release that failed, or that could not be run, again. Whether the subscriber is gone.
+    pub(crate) fn release_again(&self, inner: &Inner) -> bool {
+        if !core::mem::take(&mut self.calls.lock().stuck) {
+            // Somebody else is at it.
+            return true;
+        }
+        self.release(inner).is_ok()
     }
 
     fn forget(&self, inner: &Inner) {
@@ -224,28 +320,50 @@ impl Member {
         drop(gone);
     }
 
-    /// No callback begins from now on; with `wait`, returns when none runs, and releases.
-    pub(crate) fn leave(&self, inner: &Inner, wait: bool) {
+    /// No callback begins from now on; returns when none runs, and it has released.
+    ///
+    /// # Errors
+    /// The release's own: then it stays in the registry, and windows over its interest try again.
+    pub(crate) fn leave(&self, inner: &Inner, from: Leaving) -> Result<(), SubscriberError> {
+        let wait = from == Leaving::Outside;
         {
             let mut calls = self.calls.lock();
             calls.left = true;
             if calls.running != 0 && !wait {
-                return;
+                return Ok(());
+            }
+            if from == Leaving::Scope {
+                // A release waits for scopes, the caller's among them: somebody else has to do it.
+                (calls.releasing, calls.stuck) = (true, true);
+                drop(calls);
+                inner.leave_unreleased(self.id);
+                return Ok(());
             }
             while calls.running != 0 {
                 calls = self.idle.wait(&self.calls, calls);
             }
             if calls.releasing {
                 // The last callback was quicker. With `wait` that is somebody else.
-                while wait && !calls.released {
+                while wait && !calls.released && !calls.stuck {
                     calls = self.idle.wait(&self.calls, calls);
                 }
-                return;
+                return Ok(());
             }
             calls.releasing = true;
         }
-        self.release(inner);
+        self.release(inner)
     }
+}
+
+/// Where a subscriber leaves from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Leaving {
+    /// Neither a callback nor a scope: it may wait.
+    Outside,
+    /// A callback: waiting could be waiting for oneself; the last callback out releases.
+    Callback,
+    /// One's own scope: the release would wait for it.
+    Scope,
 }
 
 /// A place in a space. Dropping it leaves.
@@ -266,7 +384,8 @@ impl Subscription {
     /// Leaves: returns when none of the subscriber's callbacks runs, and after its release.
     ///
     /// # Errors
-    /// [`LeaveError::InCallback`] inside a callback of the same space, [`LeaveError::InScope`] inside one's own scope.
+    /// [`LeaveError::InCallback`] inside a callback of the same space, [`LeaveError::InScope`] inside one's own scope,
+    /// [`LeaveError::Release`] where the subscriber's release failed.
     pub fn leave(mut self) -> Result<(), LeaveError> {
         if self.inner.in_callback() {
             return Err(LeaveError::InCallback(self));
@@ -274,22 +393,26 @@ impl Subscription {
         if in_own_scope(&self.inner) {
             return Err(LeaveError::InScope(self));
         }
-        self.end(true);
-        Ok(())
+        self.end(Leaving::Outside).map_err(|source| LeaveError::Release { id: self.id, source })
     }
 
-    fn end(&mut self, wait: bool) {
-        if let Some(member) = self.member.take() {
-            member.leave(&self.inner, wait);
+    fn end(&mut self, from: Leaving) -> Result<(), SubscriberError> {
+        match self.member.take() {
+            Some(member) => member.leave(&self.inner, from),
+            None => Ok(()),
         }
     }
 }
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        // Inside a callback, or a scope, waiting could be waiting for oneself: the last callback out releases instead.
-        let wait = !self.inner.in_callback() && !in_own_scope(&self.inner);
-        self.end(wait);
+        let from = match (self.inner.in_callback(), in_own_scope(&self.inner)) {
+            (true, _) => Leaving::Callback,
+            (_, true) => Leaving::Scope,
+            _ => Leaving::Outside,
+        };
+        // A release that fails keeps the subscriber in the registry: see `Member::call`.
+        let _ = self.end(from);
     }
 }
 

@@ -315,6 +315,13 @@ impl Record {
         }
     }
 
+    pub(crate) fn unsettle(&self, key: Key) {
+        match key {
+            Key::Host(range) => self.settled_host.lock().remove(range),
+            Key::Guest(range) => self.settled_guest.lock().remove(range),
+        }
+    }
+
     /// What has no outcome yet.
     fn unsettled(&self) -> Vec<Key> {
         match self.key {

@@ -174,8 +174,9 @@ impl Subscriber for Follows {
         Ok(())
     }
 
-    fn release(&self) {
+    fn release(&self) -> Result<(), SubscriberError> {
         self.0.take_away(u64::MAX);
+        Ok(())
     }
 }
 

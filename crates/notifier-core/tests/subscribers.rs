@@ -201,7 +201,7 @@ fn joined_comes_first_and_only_once_windows_know_the_subscriber() {
     // From `joined` on a subscriber takes translations: a window that opens then must find it.
     struct Eager(Arc<AtomicUsize>, Space);
     impl Subscriber for Eager {
-        fn joined(&self, _: SubscriberId) {
+        fn joined(&self, _: Membership) -> Result<(), SubscriberError> {
             let space = self.1.clone();
             let (starts, opened) = (Arc::clone(&self.0), Arc::new(AtomicBool::new(false)));
             let opened_by = Arc::clone(&opened);
@@ -215,6 +215,7 @@ fn joined_comes_first_and_only_once_windows_know_the_subscriber() {
             std::thread::sleep(Duration::from_millis(50));
             assert!(!opened.load(Ordering::SeqCst));
             assert_eq!(self.0.load(Ordering::SeqCst), 0, "a start came before `joined` was through");
+            Ok(())
         }
         fn start(&self, _: &Coverage<'_>) -> Result<(), SubscriberError> {
             self.0.fetch_add(1, Ordering::SeqCst);
@@ -235,7 +236,7 @@ fn joined_comes_first_and_only_once_windows_know_the_subscriber() {
 fn a_subscriber_whose_joined_panics_does_not_join() {
     struct Rude;
     impl Subscriber for Rude {
-        fn joined(&self, _: SubscriberId) {
+        fn joined(&self, _: Membership) -> Result<(), SubscriberError> {
             panic!("no")
         }
         fn start(&self, _: &Coverage<'_>) -> Result<(), SubscriberError> {

@@ -124,10 +124,10 @@ fn i5_a_subscriber_that_is_leaving_is_waited_for() {
         fn zap(&self, part: &Coverage<'_>) -> Result<(), SubscriberError> {
             self.0.zap(part)
         }
-        fn release(&self) {
+        fn release(&self) -> Result<(), SubscriberError> {
             self.1.0.store(true, Ordering::SeqCst);
             eventually(|| self.1.1.load(Ordering::SeqCst));
-            self.0.release();
+            self.0.release()
         }
     }
     let table = Toy::new(&space, 4);

@@ -12,16 +12,18 @@
 //!   flush that begins after the walk covers every removal that the walk saw.
 //! - A flush that fails leaves its batch counted, and the pages it unlinked in limbo: the next full flush that succeeds
 //!   settles both. A batch that is leaked stays counted for good.
-//! - Unlinked pages are handed to the epoch after the flush, never before.
+//! - Unlinked pages are handed to the epoch after the flush, never before; dirty facts go to the sink after it, so that what
+//!   the sink copies is what was written.
 //!
 //! Model: `owed_flush_inherited`; its twin flushes only what it removed itself.
 
 use alloc::vec::Vec;
 
 use notifier_core::primitive::{AtomicUsize, Mutex, Ordering, Twin, broken};
-use notifier_core::{AddrRange, Gpa, OutputAddr, ScopeWaitError};
+use notifier_core::{AddrRange, Gpa, GpaRange, OutputAddr, ScopeWaitError};
 
 use crate::{
+    entry::Cell,
     flush::{Flush, FlushError, FlushRange},
     format::{Format, Level},
     pages::PageSource,
@@ -84,6 +86,8 @@ pub(crate) struct Batch<'t, F: Format, P: PageSource, X: Flush> {
     all: bool,
     owes: bool,
     unlinked: Vec<Unlinked>,
+    /// Written ranges whose facts were taken from the table: reported after the flush, when no write can follow.
+    facts: Vec<GpaRange>,
     /// Facts that hardware writes late are read again after the flush.
     late_facts: bool,
 }
@@ -91,13 +95,15 @@ pub(crate) struct Batch<'t, F: Format, P: PageSource, X: Flush> {
 impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
     pub(crate) fn new(table: &'t Table<F, P, X>) -> Self {
         let late_facts = table.format.late_facts();
-        Self { table, ranges: Vec::new(), all: false, owes: false, unlinked: Vec::new(), late_facts }
+        Self { table, ranges: Vec::new(), all: false, owes: false, unlinked: Vec::new(), facts: Vec::new(), late_facts }
     }
 
     /// Publishes that a flush is owed. Before the first store that takes something away.
     pub(crate) fn owe(&mut self) {
         if !self.owes {
             self.owes = true;
+            // For what is added under a claim: nothing may be allocated there.
+            self.ranges.reserve(1);
             // Released by the removing store that follows.
             self.table.owed.open.fetch_add(1, Ordering::Relaxed);
         }
@@ -125,6 +131,25 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
         } else {
             self.all = true;
             self.ranges.clear();
+        }
+    }
+
+    /// The dirty fact of what `cell` translated was taken from the table.
+    pub(crate) fn fact(&mut self, cell: &Cell<'_>) {
+        let Ok(range) = AddrRange::with_len(Gpa::new(cell.start), cell.span) else { return };
+        if let Some(last) = self.facts.last_mut()
+            && last.end() == range.start()
+            && let Ok(joined) = AddrRange::new(last.start(), range.end())
+        {
+            *last = joined;
+        } else {
+            self.facts.push(range);
+        }
+    }
+
+    fn report(&mut self) {
+        for range in core::mem::take(&mut self.facts) {
+            self.table.space.report_dirty(range);
         }
     }
 
@@ -158,6 +183,7 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
         if core::mem::take(&mut self.owes) {
             self.table.owed.open.fetch_sub(1, Ordering::Release);
         }
+        self.report();
         true
     }
 
@@ -183,7 +209,8 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
         let mut unlinked = core::mem::take(&mut self.unlinked);
         let batches = inherited.batches + usize::from(owes);
         unlinked.extend(inherited.limbo);
-        match self.table.flush_now(&self.ranges, self.all, nonblocking) {
+        let flushed = self.table.flush_now(&self.ranges, self.all, nonblocking);
+        let result = match flushed {
             Ok(()) => {
                 if self.late_facts {
                     self.collect_late(&unlinked);
@@ -200,7 +227,11 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
                 failed.limbo.extend(unlinked);
                 Err(error)
             }
-        }
+        };
+        // After the flush: a sink that copies the page now copies what was written. Facts are not kept back where it
+        // failed; the leaf that held them is gone.
+        self.report();
+        result
     }
 
     /// Reads again what hardware may have written until the flush: entries in use, and those of unlinked tables.
@@ -221,7 +252,7 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
 
 impl<F: Format, P: PageSource, X: Flush> Drop for Batch<'_, F, P, X> {
     fn drop(&mut self) {
-        if self.owes && !self.settle_nothing() {
+        if !self.settle_nothing() {
             // An operation that ended early. If this fails too, the flush stays owed.
             let _ = self.flush(false);
         }

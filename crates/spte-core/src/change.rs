@@ -123,8 +123,10 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             return self.change_broken(cell, raw, repointed);
         }
         cell.replace(format, raw, repointed).ok()?;
-        self.report_leaf(cell, raw);
         batch.add(cell.start, cell.span, Some(level), false);
+        if format.is_dirty(level, raw) {
+            batch.fact(cell);
+        }
         Some(PageOutcome::Changed)
     }
 
@@ -156,8 +158,10 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         if cell.replace(&self.format, raw, self.format.absent()).is_err() {
             return false;
         }
-        self.report_leaf(cell, raw);
         batch.add(cell.start, cell.span, Some(cell.level), false);
+        if self.format.is_dirty(cell.level, raw) {
+            batch.fact(cell);
+        }
         true
     }
 
@@ -170,7 +174,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             if !node.holds(at) {
                 node = self.root_node(pin);
             }
-            let cell = node.cell(format.geometry().index(node.level, at));
+            let cell = node.cell(self.geometry().index(node.level, at));
             let raw = cell.load(format);
             if let Kind::Table(page) = format.kind(cell.level, raw)
                 && let Some(child) = self.child(pin, &cell, page)

@@ -56,6 +56,11 @@ impl Entry {
         self.0.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)
     }
 
+    /// Sets bits.
+    fn set(&self, bits: u64) {
+        self.0.fetch_or(bits, Ordering::AcqRel);
+    }
+
     fn swap(&self, new: u64) -> u64 {
         self.0.swap(new, Ordering::AcqRel)
     }
@@ -141,10 +146,11 @@ impl<'p> Cell<'p> {
             return Err(self.load(format));
         }
         let Some(claim) = self.claim(format, kept) else { return Err(self.load(format)) };
-        // A fact that hardware wrote since `old` was read must not be lost: then the caller looks again.
-        let seen = format.raw_of(mirror.load());
-        let late = seen & facts & !old != 0 && format.kind(self.level, old) == Kind::Leaf;
-        if late || mirror.compare_exchange(format.memory_of(seen), format.memory_of(new)).is_err() {
+        // One exchange, whatever a guest writes there meanwhile. A fact that hardware wrote since `old` was read must not
+        // be lost: then the caller looks again, and as there are few facts, it does so few times.
+        let seen = format.raw_of(mirror.swap(format.memory_of(new)));
+        if format.kind(self.level, old) == Kind::Leaf && seen & facts & !old != 0 {
+            mirror.store(format.memory_of(old | (seen & facts)));
             claim.give_back(format);
             return Err(self.load(format));
         }
@@ -247,19 +253,14 @@ impl Claim<'_> {
             };
             let mut full_old = old;
             if let Some(mirror) = mirror {
-                // The mirror is what hardware reads: it comes first, and the kept entry, for which windows wait, last.
-                let mut seen = mirror.load();
-                loop {
-                    let facts = format.raw_of(seen) & format.hardware_bits();
-                    if was_leaf {
-                        full_old = old | facts;
-                        if is_leaf {
-                            full = format.merge_facts(level, new, level, full_old);
-                        }
-                    }
-                    match mirror.compare_exchange(seen, format.memory_of(full)) {
-                        Ok(_) => break,
-                        Err(other) => seen = other,
+                // The mirror is what hardware reads: it comes first, and the kept entry, for which windows wait, last. One
+                // exchange, whatever a guest writes there meanwhile.
+                let facts = format.raw_of(mirror.swap(format.memory_of(full))) & format.hardware_bits();
+                if was_leaf {
+                    full_old = old | facts;
+                    if is_leaf {
+                        full = format.merge_facts(level, new, level, full_old);
+                        mirror.set(format.memory_of(full & format.hardware_bits()));
                     }
                 }
             }
@@ -268,6 +269,17 @@ impl Claim<'_> {
                 Err(other) => found = format.raw_of(other),
             }
         }
+    }
+
+    /// Puts the leaf `new` where hardware and walkers use it, in place of the link that was claimed, and keeps the claim.
+    /// Only for formats with a claim bit.
+    pub(crate) fn show<F: Format>(&mut self, format: &F, new: u64) {
+        let Cell { own, mirror, .. } = self.cell;
+        own.swap(format.memory_of(new | format.claim_bit()));
+        if let Some(mirror) = mirror {
+            mirror.swap(format.memory_of(new));
+        }
+        self.old = new;
     }
 
     /// Takes a claimed leaf or link away from hardware, keeping the claim: the break of break-before-make. Returns the

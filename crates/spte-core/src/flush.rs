@@ -35,6 +35,9 @@ pub enum FlushError {
     /// It would have had to wait, and was told not to.
     #[error("the flush would block")]
     WouldBlock,
+    /// The implementation panicked.
+    #[error("the flush panicked")]
+    Panicked,
     /// The hardware or the call behind it failed.
     #[error("the flush failed with code {code}")]
     Failed {

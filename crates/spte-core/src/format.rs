@@ -12,7 +12,7 @@
 //! - **Three values are not present and hold no data**: [`Format::absent`], [`Format::claimed`] and
 //!   [`Format::dead`]. No sequence of writes to [`Format::hardware_bits`] turns one of the three into another or into
 //!   anything present; [`Format::kind`] reads them under that mask. None of the three has one of these bits set.
-//! - **Special** entries are not present but hold data (MMIO markers, owner annotations). The engine leaves them alone
+//! - **Special** entries are not present (hardware follows none that [`Format::check`] passes) but hold data (MMIO markers, owner annotations). The engine leaves them alone
 //!   but for removing them when their range is unmapped.
 //! - **A present entry can be claimed without being taken away** when the format has a software bit to spare
 //!   ([`Format::claim_bit`]): hardware goes on with the old translation while the claim is held. Where there is none,
@@ -286,6 +286,12 @@ pub enum Touch {
 ///
 /// Functions that take a leaf may be given any raw value for which [`Format::kind`] says [`Kind::Leaf`]; they must
 /// keep [`Format::claim_bit`] and whatever software bits they do not mean to change, as they find them.
+///
+/// # A format is trusted
+/// The engine follows what [`Format::kind`] calls a link. The memory safety of a [`Table`](crate::Table) rests on its format
+/// calling so exactly what [`Format::table`] made (with claim and hardware bits set or not), always, and on
+/// [`Format::raw_of`] undoing [`Format::memory_of`]. The trait is not `unsafe` so that format crates can forbid `unsafe`
+/// code altogether; whoever uses a format that is not of this workspace reads it as if it were.
 pub trait Format: Send + Sync + 'static {
     /// Attributes of a leaf beyond address and rights: memory type, shareability.
     type Attrs: Copy + Eq + fmt::Debug + Default + Send + Sync + 'static;
@@ -377,6 +383,10 @@ pub trait Format: Send + Sync + 'static {
     fn merge_facts(&self, into_level: Level, into: u64, from_level: Level, from: u64) -> u64;
 
     /// How the live entry `old` may become `new`, when what both translate to may differ.
+    ///
+    /// From a leaf to a link this is a split: every address translates the same before and after. Hardware whose
+    /// invalidations are tagged with the size of a leaf has to have it flushed all the same, or a later flush of a
+    /// smaller leaf leaves the larger one in TLBs.
     fn transition(&self, level: Level, old: u64, new: u64) -> Transition;
 
     /// How the live leaf `old` may become `new` when both are read-only and the two pages have equal contents.

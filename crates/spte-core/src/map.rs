@@ -136,7 +136,7 @@ pub enum MapError {
     /// The admission is of another space. Nothing was done.
     #[error("the admission belongs to another space")]
     ForeignSpace,
-    /// The table has not subscribed to its space, or has left it. Nothing was done.
+    /// The table has not subscribed to its space, has left it, or is not told of windows over all of the range.
     #[error("the table is not a subscriber of its space")]
     NotJoined,
     /// Something else is mapped there: another output, or other attributes. It can only go by a window.
@@ -212,7 +212,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     /// See [`MapError`].
     pub fn map(&self, admission: &Admission<'_>, options: &MapOptions<F::Attrs>) -> Result<Mapped, MapError> {
         self.check_admission(admission)?;
-        let geometry = self.format.geometry();
+        let geometry = self.geometry();
         for extent in admission.extents() {
             self.check_range(extent.guest)?;
         }
@@ -251,7 +251,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         if !admission.is_of(&self.space) {
             return Err(MapError::ForeignSpace);
         }
-        if !self.is_joined() {
+        if self.membership().is_none() {
             return Err(MapError::NotJoined);
         }
         Ok(())
@@ -329,7 +329,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
 
     /// The largest level, up to `largest`, at which a leaf from `at` to `output` fits before `end`.
     fn fitting(&self, at: u64, output: OutputAddr, end: u64, largest: Level) -> Level {
-        let geometry = self.format.geometry();
+        let geometry = self.geometry();
         let mut level = largest;
         while let Some(below) = level.below() {
             let span = geometry.span(level);
@@ -391,7 +391,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     fn refused(&self, admission: &Admission<'_>, refused: Refused, range: GpaRange) -> MapError {
         match refused {
             Refused::Outside => self.outside(admission, range),
-            Refused::Lost if !self.is_joined() => MapError::NotJoined,
+            Refused::NotMember => MapError::NotJoined,
             Refused::Lost => admission.retry().into(),
         }
     }
@@ -633,10 +633,11 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let format = &self.format;
         let range = AddrRange::with_len(gpa, self.granule()).map_err(|_| self.outside(admission, admission.range()))?;
         self.check_range(range)?;
-        if format.kind(Level::LEAF, entry) != crate::format::Kind::Special {
-            let source =
-                FormatError::Attribute { value: entry, rule: "the format does not take this for a special entry" };
-            return Err(MapError::Format { at: gpa, source });
+        // What the format's own check refuses may be something that hardware would follow.
+        let special = format.kind(Level::LEAF, entry) == crate::format::Kind::Special;
+        if !special || format.check(Level::LEAF, entry).is_err() {
+            let rule = "the format does not take this for a special entry that hardware cannot follow";
+            return Err(MapError::Format { at: gpa, source: FormatError::Attribute { value: entry, rule } });
         }
         let pin = self.space.pin();
         let mut cursor = self.cursor(&pin, range);

@@ -2,8 +2,8 @@
 //! Taking away: unmap, restrict, write-protect.
 //!
 //! Each walks its range, takes away with one compare-exchange an entry, and flushes once at the end. Facts of what goes
-//! are reported to the space's dirty sink before the operation returns, read by the same exchange that takes the entry
-//! away, so that none can come between.
+//! are read by the same exchange that takes the entry away, so that none can come between, and reported to the space's dirty
+//! sink after the flush, before the operation returns.
 
 use notifier_core::{Gpa, GpaRange};
 
@@ -32,6 +32,13 @@ pub enum RemoveError {
         at: Gpa,
         /// What failed.
         source: OutOfPages,
+    },
+    /// A leaf that lies only partly in the range cannot be split: the format has no leaves of the next smaller size.
+    /// Everything below `at` is done, and flushed.
+    #[error("done up to {at}: the format has no smaller leaf to split into")]
+    CannotSplit {
+        /// Where it stopped.
+        at: Gpa,
     },
     /// The format cannot express these rights. Everything below `at` is done.
     #[error("done up to {at}: {source}")]
@@ -163,7 +170,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             // Facts that the new value no longer has are reported.
             if format.is_dirty(cell.level, raw) && !format.is_dirty(cell.level, new) {
                 removed.dirty += 1;
-                self.report_span(&cell);
+                batch.fact(&cell);
             }
             if transition.flush {
                 batch.add(cell.start, cell.span, Some(cell.level), false);
@@ -188,7 +195,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let nonblocking = partly == Partly::Whole { nonblocking: true };
         match (self.split_cell(cell, raw, nonblocking), partly) {
             (Ok(Split::LookAgain), _) => Ok(true),
-            (Ok(Split::Smallest), _) | (Err(_), Partly::Whole { .. }) => Ok(false),
+            (Ok(Split::Smallest) | Err(_), Partly::Whole { .. }) => Ok(false),
+            (Ok(Split::Smallest), Partly::Fail) => Err(RemoveError::CannotSplit { at }),
             (Err(CannotSplit::Pages(source)), Partly::Fail) => Err(RemoveError::OutOfPages { at, source }),
             (Err(CannotSplit::Flush(source)), Partly::Fail) => Err(RemoveError::Flush { at, source }),
         }
@@ -234,8 +242,11 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                     }
                     removed.leaves += 1;
                     removed.young += u64::from(format.is_young(cell.level, raw));
-                    removed.dirty += u64::from(self.report_leaf(&cell, raw));
                     batch.add(cell.start, cell.span, Some(cell.level), false);
+                    if format.is_dirty(cell.level, raw) {
+                        removed.dirty += 1;
+                        batch.fact(&cell);
+                    }
                 }
                 View::Special if cell.replace(format, raw, format.absent()).is_err() => continue,
                 _ => {}
@@ -244,13 +255,12 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         }
         // Tables above the leaf tables that the range covers are empty now, unless somebody was quicker.
         let mut level = Level::LEAF;
-        while let Some(above) = level.above().and_then(|level| level.above()).filter(|l| *l <= format.geometry().top())
-        {
+        while let Some(above) = level.above().and_then(|level| level.above()).filter(|l| *l <= self.geometry().top()) {
             level = match above.below() {
                 Some(level) => level,
                 None => break,
             };
-            if range.len() < format.geometry().span(above) {
+            if range.len() < self.geometry().span(above) {
                 break;
             }
             let mut cursor = self.cursor(&pin, range);

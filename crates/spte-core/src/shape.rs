@@ -7,8 +7,9 @@
 //!
 //! *Collapse* claims the link, then every leaf below, left to right. Where the format has a claim bit none of that is seen
 //! by anybody who translates. When all are claimed and still alike it asks the admission (for the merged leaf is one more
-//! way to reach every page of the span, and a window over any of them must be able to take it back), publishes the leaf over
-//! the link, makes the children DEAD (facts that arrived late are added), and flushes. Where the format has no claim
+//! way to reach every page of the span, and a window over any of them must be able to take it back), shows the leaf to
+//! hardware in place of the link, still claimed, makes the children DEAD, adds the facts that they gathered until then, gives
+//! the leaf free, and flushes. A window or a harvest that comes in between waits for the claim, and finds every fact. Where the format has no claim
 //! bit, or must break before it makes, the link is taken away first: a transient fault, never a different translation.
 //! A refusal then leaves the span absent, flushed, and says so.
 
@@ -168,7 +169,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     /// Splits the leaf `raw` in `cell` by one level, if it is still that.
     pub(crate) fn split_cell(&self, cell: &Cell<'_>, raw: u64, nonblocking: bool) -> Result<Split, CannotSplit> {
         let format = &self.format;
-        let geometry = format.geometry();
+        let geometry = self.geometry();
         let Some(below) = cell.level.below() else { return Ok(Split::Smallest) };
         // A format may have levels without leaves in between: then what is split has leaves two levels down. No format has
         // that yet; such a leaf is taken for the smallest.
@@ -259,7 +260,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let mut count = 0;
         let mut level = Level::LEAF;
         // From small tables to large ones: those whose last table goes become empty themselves.
-        while let Some(above) = level.above().filter(|above| *above <= self.format.geometry().top()) {
+        while let Some(above) = level.above().filter(|above| *above <= self.geometry().top()) {
             let mut cursor = self.cursor(&pin, range);
             while let Some((cell, raw)) = cursor.next(|cell| cell.level <= above) {
                 let View::Table(page) = view(&self.format, cell.level, raw) else {
@@ -322,7 +323,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                         // Something lives here: as if nothing had been.
                         node.cells().take(index).for_each(|killed| killed.revive(format));
                         claim.give_back(format);
-                        facts.iter().for_each(|index| self.report_span(&node.cell(index)));
+                        facts.iter().for_each(|index| batch.fact(&node.cell(index)));
                         return Unlinked::InUse;
                     }
                 }
@@ -342,7 +343,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         claim.publish(format, format.absent());
         batch.add(cell.start, cell.span, leaves, true);
         batch.unlink(page, &node);
-        facts.iter().for_each(|index| self.report_span(&node.cell(index)));
+        facts.iter().for_each(|index| batch.fact(&node.cell(index)));
         Unlinked::Gone
     }
 
@@ -356,7 +357,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         if !admission.is_of(&self.space) {
             return Err(CollapseError::ForeignSpace);
         }
-        if !self.is_joined() {
+        if self.membership().is_none() {
             return Err(CollapseError::NotJoined);
         }
         let admitted = admission.range();
@@ -369,9 +370,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let pin = self.space.pin();
         let mut count = 0;
         let mut level = Level::LEAF;
-        while let Some(above) = level.above().filter(|above| *above <= self.format.geometry().top()) {
+        while let Some(above) = level.above().filter(|above| *above <= self.geometry().top()) {
             level = above;
-            if !self.format.geometry().level(above).leaf {
+            if !self.geometry().level(above).leaf {
                 continue;
             }
             let mut cursor = self.cursor(&pin, range);
@@ -427,7 +428,6 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let broken = format.claim_bit() == 0 || format.transition(level, raw, promise).break_first;
         let mut batch = Batch::new(self);
         let mut claims: Vec<Claim<'_>> = Vec::with_capacity(node.len());
-        let mut lost = Marks::new(node.len());
         batch.reserve();
         batch.owe();
         let Some(mut claim) = cell.claim(format, raw) else { return Ok(false) };
@@ -486,34 +486,18 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             return self.collapse_refused(admission, refused, span, None).map(|()| false);
         }
         let below = node.level;
-        let facts = claims.iter().fold(whole, |leaf, part| format.merge_facts(level, leaf, below, part.old));
-        claim.publish(format, facts);
-        // From here on the leaf may be changed by anybody. What the children still gather is added to it if it is still
-        // there, and reported if not.
-        for (index, claimed) in claims.into_iter().enumerate() {
+        let mut leaf = claims.iter().fold(whole, |leaf, part| format.merge_facts(level, leaf, below, part.old));
+        // Hardware and walkers use the leaf from here on; a window that comes now waits until its facts are complete.
+        claim.show(format, leaf);
+        for claimed in claims {
             let was = claimed.publish(format, format.dead());
-            if forgets(Twin::CollapseForgetsFacts) {
-                continue;
-            }
-            let mut leaf = cell.load(format);
-            while view(format, level, leaf) == View::Leaf && self.is_part(level, leaf, index, was) {
-                let with = format.merge_facts(level, leaf, below, was);
-                if with == leaf {
-                    break;
-                }
-                match cell.replace(format, leaf, with) {
-                    Ok(()) => leaf = with,
-                    Err(found) => leaf = found,
-                }
-            }
-            let kept = view(format, level, leaf) == View::Leaf && format.is_dirty(level, leaf);
-            if format.is_dirty(below, was) && !kept {
-                lost.insert(index);
+            if !forgets(Twin::CollapseForgetsFacts) {
+                leaf = format.merge_facts(level, leaf, below, was);
             }
         }
+        claim.publish(format, leaf);
         batch.add(cell.start, cell.span, Some(below), true);
         batch.unlink(page, &node);
-        lost.iter().for_each(|index| self.report_span(&node.cell(index)));
         batch.finish(false).map(|()| true).map_err(|source| CollapseError::Flush { source, absent: None })
     }
 
@@ -577,17 +561,16 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     ) -> Result<(), CollapseError> {
         Err(match refused {
             Refused::Outside => CollapseError::Outside { range, admitted: admission.range() },
-            Refused::Lost if !self.is_joined() => CollapseError::NotJoined,
+            Refused::NotMember => CollapseError::NotJoined,
             Refused::Lost => CollapseError::Retry { retry: admission.retry(), absent },
         })
     }
 
-    /// [`Admission::check`], and whether the table still belongs to its space: between claim and publish.
+    /// The question between claim and publish: whether no window has overtaken the fault, and windows over `span` reach
+    /// this table.
     pub(crate) fn admitted(&self, admission: &Admission<'_>, span: GpaRange) -> Result<(), Refused> {
-        admission.check(span)?;
-        // Leaving stores this, fences, and then walks: after the fence in `check`, either we see it, or that walk sees
-        // our claim.
-        if self.is_joined() { Ok(()) } else { Err(Refused::Lost) }
+        let membership = self.membership().ok_or(Refused::NotMember)?;
+        admission.check_for(membership, span)
     }
 }
 

@@ -3,10 +3,10 @@
 
 use alloc::boxed::Box;
 
-use notifier_core::primitive::{Ordering, Twin, broken, fence};
+use notifier_core::primitive::{Twin, broken};
 use notifier_core::{
-    ChangeBatch, Coverage, Mode, PageChange, PageOutcome, ScopeWaitError, Stretch, Subscriber, SubscriberError,
-    SubscriberId,
+    ChangeBatch, Coverage, Membership, Mode, PageChange, PageOutcome, ScopeWaitError, Stretch, Subscriber,
+    SubscriberError,
 };
 
 use crate::{
@@ -17,6 +17,11 @@ use crate::{
     remove::{Partly, RemoveError},
     table::Table,
 };
+
+/// Why a table does not join.
+#[derive(Debug, thiserror::Error)]
+#[error("the table was made for another space, or has joined its space before")]
+struct NotYours;
 
 fn refused(error: FlushFailed, nonblocking: bool) -> SubscriberError {
     match error {
@@ -67,8 +72,12 @@ impl<F: Format, P: PageSource, X: Flush> Subscriber for Table<F, P, X> {
         self.format.name()
     }
 
-    fn joined(&self, _: SubscriberId) {
-        self.set_joined();
+    fn joined(&self, membership: Membership) -> Result<(), SubscriberError> {
+        // Walkers, faults and flushes go by the table's own space, and by one place in it.
+        if !membership.is_of(&self.space) || !self.join(membership) {
+            return Err(SubscriberError::Other(Box::new(NotYours)));
+        }
+        Ok(())
     }
 
     fn start(&self, window: &Coverage<'_>) -> Result<(), SubscriberError> {
@@ -104,13 +113,13 @@ impl<F: Format, P: PageSource, X: Flush> Subscriber for Table<F, P, X> {
         Ok(reach.iter().filter_map(|stretch| stretch.guest).any(|range| Table::test_age(self, range) != 0))
     }
 
-    fn release(&self) {
-        self.set_left();
-        // Whoever claims after this fence sees that the table has left; whoever claimed before is waited out below.
-        fence(Ordering::SeqCst);
+    fn release(&self) -> Result<(), SubscriberError> {
+        // What claimed before the membership ended is waited out by this walk; what claims later is refused.
+        let mut batch = Batch::new(self);
         if let Some(whole) = self.whole() {
-            // What a failing flush leaves owed goes with the table.
-            let _ = self.unmap(whole);
+            self.zap_range(whole, Partly::Whole { nonblocking: false }, &mut batch)
+                .map_err(|error| removal(error, false))?;
         }
+        batch.finish_inheriting(false).map_err(|error| refused(error, false))
     }
 }

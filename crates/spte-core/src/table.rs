@@ -21,13 +21,13 @@
 use alloc::{sync::Arc, vec::Vec};
 use core::{fmt, ptr::NonNull, slice};
 
-use notifier_core::primitive::{AtomicUsize, Backoff, Ordering, Pin, Twin, broken};
-use notifier_core::{AddrRange, Gpa, GpaRange, OutputAddr, Space};
+use notifier_core::primitive::{Backoff, Pin, SetOnce, Twin, broken, caught};
+use notifier_core::{AddrRange, Gpa, GpaRange, Membership, OutputAddr, Space};
 
 use crate::{
     batch::{FlushFailed, Owed, Unlinked},
     entry::{Cell, Entry, View, view},
-    flush::{Flush, FlushRange, FlushRequest},
+    flush::{Flush, FlushError, FlushRange, FlushRequest},
     format::{Format, FormatError, Geometry, Level, MAX_LEVELS},
     pages::{OutOfPages, PageSource, TableLayout},
 };
@@ -71,10 +71,6 @@ pub enum TableRangeError {
     },
 }
 
-const FRESH: usize = 0;
-const JOINED: usize = 1;
-const LEFT: usize = 2;
-
 /// A concurrent radix table in the format `F`, its pages from `P`, its flushes by `X`.
 ///
 /// Made for a [`Space`], and part of it once it has [subscribed](Space::subscribe): before that, and after it left, it
@@ -88,12 +84,14 @@ const LEFT: usize = 2;
 pub struct Table<F: Format, P: PageSource, X: Flush> {
     pub(crate) space: Space,
     pub(crate) format: F,
+    /// The format's, as it was when the table was made: pages are as large as this says.
+    geometry: Geometry,
     pub(crate) pages: Arc<P>,
     flush: X,
     root: OutputAddr,
     pub(crate) owed: Owed,
-    /// Whether it belongs to its space: FRESH, JOINED, LEFT.
-    state: AtomicUsize,
+    /// Its place in the space, once it has joined.
+    membership: SetOnce<Membership>,
 }
 
 impl<F: Format, P: PageSource, X: Flush> fmt::Debug for Table<F, P, X> {
@@ -164,11 +162,12 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         Ok(Arc::new(Self {
             space: space.clone(),
             format,
+            geometry,
             pages,
             flush,
             root,
             owed: Owed::default(),
-            state: AtomicUsize::new(FRESH),
+            membership: SetOnce::default(),
         }))
     }
 
@@ -192,21 +191,25 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         self.root
     }
 
+    /// The shape of the table.
+    #[inline]
+    pub(crate) fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
     /// Bytes of the smallest page.
     pub fn granule(&self) -> u64 {
-        self.format.geometry().span(Level::LEAF)
+        self.geometry().span(Level::LEAF)
     }
 
-    pub(crate) fn is_joined(&self) -> bool {
-        self.state.load(Ordering::Relaxed) == JOINED
+    /// Its place in the space, while it has one.
+    pub(crate) fn membership(&self) -> Option<&Membership> {
+        self.membership.get().filter(|membership| membership.is_live())
     }
 
-    pub(crate) fn set_joined(&self) {
-        self.state.store(JOINED, Ordering::Relaxed);
-    }
-
-    pub(crate) fn set_left(&self) {
-        self.state.store(LEFT, Ordering::Relaxed);
+    /// Takes its place in the space. `false`: it has, or had, one already.
+    pub(crate) fn join(&self, membership: Membership) -> bool {
+        self.membership.set(membership)
     }
 
     // ---- ranges ----
@@ -217,7 +220,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         if !range.is_aligned(leaf) {
             return Err(TableRangeError::Unaligned { range, leaf });
         }
-        let bits = self.format.geometry().address_bits();
+        let bits = self.geometry().address_bits();
         if range.end().as_u64() > 1 << bits {
             return Err(TableRangeError::TooWide { range, bits });
         }
@@ -226,19 +229,19 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
 
     /// The part of `range` that the table can translate, in whole pages: every page that is touched counts.
     pub(crate) fn clip(&self, range: GpaRange) -> Option<GpaRange> {
-        let limit = AddrRange::new(Gpa::new(0), Gpa::new(1 << self.format.geometry().address_bits())).ok()?;
+        let limit = AddrRange::new(Gpa::new(0), Gpa::new(1 << self.geometry().address_bits())).ok()?;
         range.align_out(self.granule()).intersection(&limit)
     }
 
     /// All that the table translates.
     pub(crate) fn whole(&self) -> Option<GpaRange> {
-        AddrRange::new(Gpa::new(0), Gpa::new(1 << self.format.geometry().address_bits())).ok()
+        AddrRange::new(Gpa::new(0), Gpa::new(1 << self.geometry().address_bits())).ok()
     }
 
     // ---- nodes ----
 
     pub(crate) fn layout(&self, level: Level) -> TableLayout {
-        layout(self.format.geometry(), level)
+        layout(self.geometry(), level)
     }
 
     /// The node behind a link.
@@ -253,7 +256,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         // SAFETY: the page source promises `layout.entries()` initialised entries for as long as the page is allocated,
         // which the caller says covers 'p. Entries are atomics: shared references are all that anybody has.
         let slice_of = |entries: NonNull<Entry>| unsafe { slice::from_raw_parts(entries.as_ptr(), layout.entries()) };
-        let shift = self.format.geometry().level(level).shift;
+        let shift = self.geometry().level(level).shift;
         Node { entries: slice_of(entries), mirror: mirror.map(slice_of), level, base, shift }
     }
 
@@ -262,7 +265,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         Self: 'p,
     {
         // SAFETY: the root lives as long as the table. (A node does not outlive the call that made it.)
-        unsafe { self.node(self.root, self.format.geometry().top(), 0) }
+        unsafe { self.node(self.root, self.geometry().top(), 0) }
     }
 
     /// The node that `cell` links to.
@@ -283,7 +286,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
 
     /// Asks the hardware, then waits for the scopes of software walkers.
     pub(crate) fn flush_now(&self, ranges: &[FlushRange], all: bool, nonblocking: bool) -> Result<(), FlushFailed> {
-        self.flush.flush(&FlushRequest { ranges: if all { &[] } else { ranges }, all, nonblocking })?;
+        let request = FlushRequest { ranges: if all { &[] } else { ranges }, all, nonblocking };
+        // Claims may be held across this: a panic must not pass them.
+        caught(|| self.flush.flush(&request)).unwrap_or(Err(FlushError::Panicked))?;
         self.space.wait_for_scopes(nonblocking)?;
         Ok(())
     }
@@ -294,7 +299,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             return;
         }
         let source = Arc::clone(&self.pages);
-        let geometry = *self.format.geometry();
+        let geometry = *self.geometry();
         self.space.pin().retire(move || {
             for Unlinked { page, level, .. } in pages {
                 // SAFETY: unlinked by this engine, which got it from this source with this layout; flushed; and everybody
@@ -321,7 +326,7 @@ impl<F: Format, P: PageSource, X: Flush> Drop for Table<F, P, X> {
             unsafe { self.pages.free(page, self.layout(level)) };
         }
         // Depth first, with the way down on a stack of fixed size.
-        let geometry = *self.format.geometry();
+        let geometry = *self.geometry();
         let mut path = [(self.root, 0usize); MAX_LEVELS];
         let mut depth = 0usize;
         let mut level = geometry.top();

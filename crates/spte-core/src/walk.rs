@@ -142,14 +142,14 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             return Err(Miss::ForeignScope);
         }
         let format = &self.format;
-        let bits = format.geometry().address_bits();
+        let bits = self.geometry().address_bits();
         if gpa.as_u64() >> bits != 0 {
             return Err(Miss::TooWide { at: gpa, bits });
         }
         let mut node = self.root_node(scope.pin());
         let mut link = None;
         loop {
-            let cell = node.cell(format.geometry().index(node.level, gpa.as_u64()));
+            let cell = node.cell(self.geometry().index(node.level, gpa.as_u64()));
             let raw = cell.load(format);
             match format.kind(cell.level, raw) {
                 // A claimed link, and a claimed leaf, are still what hardware uses.
@@ -211,13 +211,13 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     pub fn walk(&self, gpa: Gpa) -> Vec<Found> {
         let mut rows = Vec::new();
         let format = &self.format;
-        if gpa.as_u64() >> format.geometry().address_bits() != 0 {
+        if gpa.as_u64() >> self.geometry().address_bits() != 0 {
             return rows;
         }
         let pin = self.space.pin();
         let mut node = self.root_node(&pin);
         loop {
-            let cell = node.cell(format.geometry().index(node.level, gpa.as_u64()));
+            let cell = node.cell(self.geometry().index(node.level, gpa.as_u64()));
             let raw = cell.load(format);
             let kind = format.kind(cell.level, raw);
             rows.push(Found { level: cell.level, start: Gpa::new(cell.start), span: cell.span, raw, kind });
@@ -250,7 +250,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 path.pop();
             }
             let Some(node) = path.last().copied() else { return };
-            let cell = node.cell(format.geometry().index(node.level, at));
+            let cell = node.cell(self.geometry().index(node.level, at));
             let raw = cell.load(format);
             let kind = format.kind(cell.level, raw);
             if !matches!(kind, Kind::Absent | Kind::Claimed | Kind::Dead) {
@@ -289,7 +289,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
 
     /// Counts pages and leaves.
     pub fn stats(&self) -> Stats {
-        let geometry = *self.format.geometry();
+        let geometry = *self.geometry();
         let bytes = |level| geometry.table_bytes(level) as u64;
         let mut stats = Stats { tables: 1, table_bytes: bytes(geometry.top()), ..Stats::default() };
         if let Some(whole) = self.whole() {

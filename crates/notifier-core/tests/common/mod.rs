@@ -334,13 +334,14 @@ impl Subscriber for Toy {
         Ok(())
     }
 
-    fn release(&self) {
+    fn release(&self) -> Result<(), SubscriberError> {
         self.released.store(true, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         if let Some(last) = self.entries.len().checked_sub(1) {
             self.walk(gpa(0, (last as u64 + 1) * PAGE), |_, _| 0);
         }
         let _ = self.space.wait_for_scopes(false);
+        Ok(())
     }
 }
 
@@ -477,7 +478,8 @@ impl Subscriber for Probe {
         Ok(())
     }
 
-    fn release(&self) {
+    fn release(&self) -> Result<(), SubscriberError> {
         self.log.push(&self.name, "release");
+        Ok(())
     }
 }

@@ -33,13 +33,16 @@ impl Random {
 /// Runs `work` again and again on threads of its own while `main` runs.
 fn beside(threads: u64, work: impl Fn(&mut Random) + Sync, main: impl FnOnce(&mut Random, &dyn Fn() -> bool)) {
     let stop = AtomicBool::new(false);
+    // On a busy machine the threads may begin late: `main` goes on until they have done something.
+    let rounds = AtomicU64::new(0);
     std::thread::scope(|scope| {
-        let (stop, work) = (&stop, &work);
+        let (stop, work, rounds) = (&stop, &work, &rounds);
         for seed in 0..threads {
             scope.spawn(move || {
                 let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ (seed + 1));
                 while !stop.load(Ordering::Relaxed) {
                     work(&mut random);
+                    rounds.fetch_add(1, Ordering::Relaxed);
                 }
             });
         }
@@ -51,7 +54,12 @@ fn beside(threads: u64, work: impl Fn(&mut Random) + Sync, main: impl FnOnce(&mu
             }
         }
         let _stop = Stop(stop);
-        main(&mut Random(0x1234_5678_9abc_def1), &|| Instant::now() < until);
+        let patience = until + Duration::from_secs(20);
+        let going_on = || {
+            let now = Instant::now();
+            now < until || (rounds.load(Ordering::Relaxed) < 200 && now < patience)
+        };
+        main(&mut Random(0x1234_5678_9abc_def1), &going_on);
     });
 }
 

@@ -254,6 +254,11 @@ impl<A: Address> AddrRange<A> {
         Self::new(self.start.max(other.start), self.end.min(other.end)).ok()
     }
 
+    /// This range and `next` as one, where `next` begins at this one's end.
+    pub fn joined(&self, next: &Self) -> Option<Self> {
+        (self.end == next.start).then_some(Self { start: self.start, end: next.end })
+    }
+
     /// The smallest range with both ends multiples of `align` (a power of two) that covers this one; it is cut at
     /// the top of the address space. Linux rounds every byte range to touched pages the same way.
     pub fn align_out(&self, align: u64) -> Self {

@@ -312,9 +312,8 @@ impl<'w> Fault<'w> {
             fence_unless(Twin::PublishFence, Ordering::SeqCst);
             // Acquire, here and in the look at the set: a window that is found closed had changed its host mappings
             // before, and the resolver must see them so.
-            if inner.count.load(Ordering::Acquire) != 0
-                && let Some(record) = inner.overlapping_window(&fault.place())
-            {
+            let open = inner.count.load(Ordering::Acquire) != 0;
+            if let Some(record) = open.then(|| inner.overlapping_window(&fault.place())).flatten() {
                 line.retries.store(line.retries.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
                 return Err(Retry::new(inner, fault.place(), Some(record.key())).into());
             }

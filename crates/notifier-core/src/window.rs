@@ -256,10 +256,9 @@ impl Participant {
 
     fn end(&self, inner: &Inner, record: &Record) -> Result<(), SubscriberError> {
         let mut stage = self.stage.lock();
-        if *stage == Stage::Started
-            && let Some(result) = self.member.try_call(inner, |subscriber| subscriber.end(&record.coverage(false)))
-        {
-            result?;
+        if *stage == Stage::Started {
+            let ended = self.member.try_call(inner, |subscriber| subscriber.end(&record.coverage(false)));
+            ended.transpose()?;
         }
         *stage = Stage::Over;
         Ok(())
@@ -450,12 +449,8 @@ pub(crate) fn open(inner: &Inner, key: Key, mode: Mode, options: OpenOptions) ->
     let (record, participants) = {
         let mut registry = inner.registry.lock();
         let reach = key.reach(&registry.walked);
-        if mode == Mode::Retained
-            && let Some(open) = registry
-                .windows
-                .iter()
-                .find(|open| open.mode == Mode::Retained && reach.iter().any(|s| open.reaches(s)))
-        {
+        let mut retained = registry.windows.iter().filter(|open| open.mode == Mode::Retained && mode == Mode::Retained);
+        if let Some(open) = retained.find(|open| reach.iter().any(|s| open.reaches(s))) {
             return Err(OpenError::Busy { key, open: open.key });
         }
         let members: Vec<_> = registry.members.iter().filter(|m| m.interest().meets(&reach)).cloned().collect();

@@ -120,11 +120,8 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
             self.all = true;
             return;
         };
-        if let Some(last) = self.ranges.last_mut()
-            && last.range.end() == range.start()
-            && (last.leaf, last.links) == (leaf, links)
-            && let Ok(joined) = AddrRange::new(last.range.start(), range.end())
-        {
+        let last = self.ranges.last_mut().filter(|last| (last.leaf, last.links) == (leaf, links));
+        if let Some((last, joined)) = last.and_then(|last| last.range.joined(&range).map(|joined| (last, joined))) {
             last.range = joined;
         } else if self.ranges.len() < MOST_RANGES {
             self.ranges.push(FlushRange { range, leaf, links });
@@ -137,13 +134,9 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
     /// The dirty fact of what `cell` translated was taken from the table.
     pub(crate) fn fact(&mut self, cell: &Cell<'_>) {
         let Ok(range) = AddrRange::with_len(Gpa::new(cell.start), cell.span) else { return };
-        if let Some(last) = self.facts.last_mut()
-            && last.end() == range.start()
-            && let Ok(joined) = AddrRange::new(last.start(), range.end())
-        {
-            *last = joined;
-        } else {
-            self.facts.push(range);
+        match self.facts.last_mut().and_then(|last| last.joined(&range).map(|joined| (last, joined))) {
+            Some((last, joined)) => *last = joined,
+            None => self.facts.push(range),
         }
     }
 

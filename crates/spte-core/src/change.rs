@@ -17,7 +17,7 @@ use crate::{
     batch::Batch,
     entry::{Cell, View, view},
     flush::Flush,
-    format::{Format, Kind},
+    format::Format,
     pages::PageSource,
     shape::Split,
     table::Table,
@@ -176,9 +176,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             }
             let cell = node.cell(self.geometry().index(node.level, at));
             let raw = cell.load(format);
-            if let Kind::Table(page) = format.kind(cell.level, raw)
-                && let Some(child) = self.child(pin, &cell, page)
-            {
+            if let Some(child) = self.linked(pin, &cell, raw) {
                 node = child;
                 continue;
             }

@@ -265,10 +265,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             }
             let mut cursor = self.cursor(&pin, range);
             while let Some((cell, raw)) = cursor.next(|cell| cell.level <= above) {
-                if let View::Table(page) = view(format, cell.level, raw)
-                    && cell.level == above
-                    && cursor.covers(&cell)
-                {
+                let covered = cell.level == above && cursor.covers(&cell);
+                if let (View::Table(page), true) = (view(format, cell.level, raw), covered) {
                     self.unlink(&pin, &cell, raw, page, Unlink::IfEmpty, batch);
                 }
                 cursor.pass(&cell);
@@ -330,9 +328,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 }
                 continue;
             }
-            if let Kind::Table(page) = format.kind(cell.level, raw)
-                && let Some(child) = self.child(&pin, &cell, page)
-            {
+            if let Some(child) = self.linked(&pin, &cell, raw) {
                 node = child;
             } else {
                 at = cell.end();

@@ -377,10 +377,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             }
             let mut cursor = self.cursor(&pin, range);
             while let Some((cell, raw)) = cursor.next(|cell| cell.level <= above) {
-                if let View::Table(page) = view(&self.format, cell.level, raw)
-                    && cell.level == above
-                    && cursor.covers(&cell)
-                {
+                let covered = cell.level == above && cursor.covers(&cell);
+                if let (View::Table(page), true) = (view(&self.format, cell.level, raw), covered) {
                     count += usize::from(self.collapse_cell(&pin, admission, &cell, raw, page)?);
                 }
                 cursor.pass(&cell);

@@ -28,7 +28,7 @@ use crate::{
     batch::{FlushFailed, Owed, Unlinked},
     entry::{Cell, Entry, View, view},
     flush::{Flush, FlushError, FlushRange, FlushRequest},
-    format::{Format, FormatError, Geometry, Level, MAX_LEVELS},
+    format::{Format, FormatError, Geometry, Kind, Level, MAX_LEVELS},
     pages::{OutOfPages, PageSource, TableLayout},
 };
 
@@ -273,6 +273,14 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         // SAFETY: `page` was read from a kept link while pinned: the engine alone writes those, and it frees what
         // they link to only after they are gone and everybody who was pinned then has unpinned.
         cell.level.below().map(|level| unsafe { self.node(page, level, cell.start) })
+    }
+
+    /// The node that `cell`, whose value is `raw`, links to, if it is a link.
+    pub(crate) fn linked<'p>(&self, pin: &'p Pin, cell: &Cell<'p>, raw: u64) -> Option<Node<'p>> {
+        match self.format.kind(cell.level, raw) {
+            Kind::Table(page) => self.child(pin, cell, page),
+            _ => None,
+        }
     }
 
     /// A page of one's own, not linked anywhere.

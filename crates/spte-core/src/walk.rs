@@ -256,9 +256,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             if !matches!(kind, Kind::Absent | Kind::Claimed | Kind::Dead) {
                 look(Found { level: cell.level, start: Gpa::new(cell.start), span: cell.span, raw, kind });
             }
-            if let Kind::Table(page) = kind
-                && let Some(child) = self.child(&pin, &cell, page)
-            {
+            if let Some(child) = self.linked(&pin, &cell, raw) {
                 path.push(child);
             } else {
                 at = cell.end();

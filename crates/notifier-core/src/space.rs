@@ -69,8 +69,7 @@ pub(crate) struct Inner {
     slot_changes: Mutex<()>,
     /// Passed together by who relies on the slots for a while, and alone by their change.
     pub(crate) slots_stay: Gate,
-    /// For the reaper, which must not keep the space.
-    #[cfg(all(feature = "std", not(loom)))]
+    /// For the reaper and for memberships, which must not keep the space.
     pub(crate) me: alloc::sync::Weak<Inner>,
     pub(crate) leases: crate::lease::Leases,
     pub(crate) counters: WindowCounters,
@@ -351,7 +350,7 @@ impl SpaceBuilder {
 
     /// The space.
     pub fn build(self) -> Space {
-        let inner = |_me: &alloc::sync::Weak<Inner>| Inner {
+        let inner = |me: &alloc::sync::Weak<Inner>| Inner {
             count: AtomicUsize::new(0),
             sequence: AtomicU64::new(0),
             registry: Mutex::new(Registry {
@@ -369,8 +368,7 @@ impl SpaceBuilder {
             walkers: Mutex::new(()),
             slot_changes: Mutex::new(()),
             slots_stay: Gate::default(),
-            #[cfg(all(feature = "std", not(loom)))]
-            me: _me.clone(),
+            me: me.clone(),
             leases: crate::lease::Leases::default(),
             counters: WindowCounters::default(),
             reclaim: self.reclaim.unwrap_or_else(Reclaim::shared),

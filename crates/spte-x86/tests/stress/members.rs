@@ -3,12 +3,15 @@
 
 use std::sync::{Arc, atomic::Ordering::*};
 
-use notifier_core::{CallAdapter, GpaRange, Interest, JoinError, LeaseRequest, SlotError, SlotFlags, SlotId, SlotSpec};
+use notifier_core::{
+    CallAdapter, GpaRange, Interest, InvalidationGuard, JoinError, LeaseRequest, LeaveError, SlotError, SlotFlags,
+    SlotId, SlotSpec, SubscriberError, Subscription,
+};
 
 use crate::{
     activity::Activity,
     host::*,
-    run::Adapter,
+    run::{Adapter, Shared},
     tables::{Device, Member},
     work::Worker,
 };
@@ -120,8 +123,8 @@ impl Worker<'_> {
             Some(Member { table, subscription, pages }) => {
                 // Who has it by now goes on using it while it leaves.
                 *shared.secondary.write().unwrap() = None;
-                if let Err(error) = subscription.leave() {
-                    self.wrong(format!("leave: {error}"));
+                if let Err(error) = leave(shared, subscription) {
+                    self.wrong(error);
                 }
                 let leaves: u64 = table.stats().leaves.iter().sum();
                 if leaves != 0 {
@@ -170,4 +173,32 @@ impl Worker<'_> {
             }
         }
     }
+}
+
+/// Leaves. A release that fails, because a flush does, is tried again by each window.
+pub fn leave(shared: &Shared, subscription: Subscription) -> Result<(), String> {
+    match subscription.leave() {
+        Ok(()) => return Ok(()),
+        Err(LeaveError::Release { source: SubscriberError::Flush(_), .. }) => {}
+        Err(error) => return Err(format!("leave: {error}")),
+    }
+    let mut last = None;
+    for page in 0..64 {
+        // One that nobody holds a lease on will be among them.
+        let range = gpas(page, 1);
+        Host::stamp(&shared.host.opened, page..page + 1);
+        let opened = shared.space.zap(range).map(InvalidationGuard::close);
+        match opened {
+            Ok(Ok(())) => {
+                Host::stamp(&shared.host.closed, page..page + 1);
+                return Ok(());
+            }
+            Ok(Err(_)) => return Ok(()),
+            Err(error) => {
+                Host::stamp(&shared.host.closed, page..page + 1);
+                last = Some(error);
+            }
+        }
+    }
+    Err(format!("a release fails for ever: {last:?}"))
 }

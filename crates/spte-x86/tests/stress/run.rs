@@ -16,6 +16,7 @@ use notifier_core::{CallAdapter, DirtySink, GpaRange, SlotFlags, SlotSpec, Space
 use crate::{
     activity::{Activities, Activity},
     host::*,
+    members,
     random::Random,
     tables::{AnyTable, Device, Member},
     work,
@@ -396,10 +397,10 @@ pub fn run(name: &str, config: Config) -> Result<(), String> {
 
 /// Everybody leaves; nothing is left.
 fn end(shared: Shared, subscription: Subscription, pages: &spte_core::HeapPages) -> Result<(), String> {
+    members::leave(&shared, subscription)?;
     let Shared { config, space, primary, host, secondary, .. } = shared;
     // A table keeps its space.
     drop(secondary);
-    subscription.leave().map_err(|error| error.to_string())?;
     let leaves: u64 = primary.stats().leaves.iter().sum();
     if leaves != 0 {
         return Err(format!("{leaves} leaves in a table that has left"));

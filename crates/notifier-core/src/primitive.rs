@@ -50,6 +50,8 @@ pub enum Twin {
     ScopeFence,
     /// A flush does not wait for scopes.
     FlushSkipsScopes,
+    /// A collapse gives its leaf free before the facts of the children are in it.
+    CollapseFreesEarly,
     /// A zap does not wait for claims.
     ZapSkipsClaim,
     /// What is retired is freed at once, whoever is pinned.

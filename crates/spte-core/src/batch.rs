@@ -221,6 +221,9 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
                 Err(error)
             }
         };
+        // What is flushed, or left to others, is not this batch's any more.
+        self.ranges.clear();
+        self.all = false;
         // After the flush: a sink that copies the page now copies what was written. Facts are not kept back where it
         // failed; the leaf that held them is gone.
         self.report();

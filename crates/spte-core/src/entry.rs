@@ -21,7 +21,7 @@
 //! the truth. Every change then claims the kept entry, writes the mirror, and publishes the kept entry last; of
 //! what stands in the mirror only facts are ever taken over.
 
-use notifier_core::primitive::{AtomicU64, Ordering};
+use notifier_core::primitive::{AtomicU64, Ordering, Twin, broken};
 
 use crate::format::{Format, Kind, Level};
 
@@ -275,7 +275,8 @@ impl Claim<'_> {
     /// Only for formats with a claim bit.
     pub(crate) fn show<F: Format>(&mut self, format: &F, new: u64) {
         let Cell { own, mirror, .. } = self.cell;
-        own.swap(format.memory_of(new | format.claim_bit()));
+        let claim = if broken(Twin::CollapseFreesEarly) { 0 } else { format.claim_bit() };
+        own.swap(format.memory_of(new | claim));
         if let Some(mirror) = mirror {
             mirror.swap(format.memory_of(new));
         }

@@ -122,3 +122,40 @@ fn collapse_against_walker() {
         .holds(&["collapsed", "missed", "one leaf", "wrote"])
         .refuted_without(Twin::CollapseForgetsFacts, assertion);
 }
+
+/// A walker writes to the second page during a collapse, and then a Retained window opens over it: whatever was written
+/// has been told by then.
+fn against_retained_window() {
+    let dirty = Arc::new(AtomicBool::new(false));
+    let world = world(Tiny::huge(), Arc::clone(&dirty));
+    let (mut merger, mut walker) = (world.space.walker(), world.space.walker());
+    let gate = Gate::new();
+    let merger = gate.spawn({
+        let world = Arc::clone(&world);
+        move || collapse(&world, &mut merger)
+    });
+    let window = gate.spawn({
+        let world = Arc::clone(&world);
+        move || {
+            let scope = walker.enter();
+            let wrote = world.table.translate(&scope, page(1), Access::WRITE).is_ok();
+            drop(scope);
+            let guard = world.space.window(pages(1, 1)).open_retained_owned().unwrap();
+            let told = dirty.load(Ordering::Relaxed);
+            saw(if wrote { "wrote" } else { "missed" });
+            (guard, !wrote || told)
+        }
+    });
+    merger.join().unwrap();
+    let (guard, told) = window.join().unwrap();
+    guard.close().unwrap();
+    World::end(world);
+    assert!(told, "what_was_written_is_told_when_a_retained_window_is_open");
+}
+
+#[test]
+fn collapse_against_retained_window() {
+    Model { name: "collapse_against_retained_window", run: against_retained_window, preemptions: Some(2) }
+        .holds(&["collapsed", "not alike", "refused at its snapshot", "refused while it collapsed", "wrote"])
+        .refuted_without(Twin::CollapseFreesEarly, "what_was_written_is_told_when_a_retained_window_is_open");
+}

@@ -78,6 +78,7 @@ pub(crate) struct Inner {
     sink: Box<dyn DirtySink>,
     unfinished: SegQueue<Arc<Record>>,
     unreleased: SegQueue<SubscriberId>,
+    reaping: Mutex<()>,
     #[cfg_attr(any(not(feature = "std"), loom), expect(dead_code, reason = "there is no reaper thread to wake"))]
     reaper: Mutex<ReaperSlot>,
 }
@@ -174,6 +175,12 @@ impl Inner {
 
     /// Tries to finish what is left, and to release subscribers that could not be; how many are left after that.
     pub(crate) fn reap(&self) -> usize {
+        if self.in_callback() || crate::scope::in_own_scope(self) {
+            // Nothing can be finished here, and whoever is at it may be waiting for this callback, or this scope.
+            return self.unfinished.len() + self.unreleased.len();
+        }
+        // One at a time: what another thread has in hand is not done yet.
+        let _one_at_a_time = self.reaping.lock();
         let mut failed = Vec::new();
         for _ in 0..self.unfinished.len() {
             let Some(record) = self.unfinished.pop() else { break };
@@ -185,7 +192,10 @@ impl Inner {
         let unreleased: Vec<_> = core::iter::from_fn(|| self.unreleased.pop()).take(self.unreleased.len()).collect();
         for id in unreleased {
             let member = self.registry.lock().members.iter().find(|member| member.id() == id).cloned();
-            left += usize::from(member.is_some_and(|member| !member.release_again(self)));
+            if member.is_some_and(|member| !member.release_again(self)) {
+                left += 1;
+                self.unreleased.push(id);
+            }
         }
         failed.into_iter().for_each(|record| self.unfinished.push(record));
         left
@@ -376,6 +386,7 @@ impl SpaceBuilder {
             sink: self.sink,
             unfinished: SegQueue::new(),
             unreleased: SegQueue::new(),
+            reaping: Mutex::new(()),
             reaper: Mutex::default(),
         };
         Space(Arc::new_cyclic(inner))

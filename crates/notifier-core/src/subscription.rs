@@ -208,7 +208,7 @@ impl Member {
                 }
                 if core::mem::take(&mut calls.stuck) {
                     drop(calls);
-                    return self.release(inner).err().map(Err);
+                    return self.release_or_leave(inner).err().map(Err);
                 }
                 calls = self.idle.wait(&self.calls, calls);
             }
@@ -255,7 +255,7 @@ impl Member {
         };
         if release {
             // Where it fails, the next window over its interest tries again, and the reaper.
-            let _ = self.release(inner);
+            let _ = self.release_or_leave(inner);
         }
         result
     }
@@ -294,10 +294,13 @@ impl Member {
         self.idle.notify_all();
         if result.is_ok() {
             self.forget(inner);
-        } else {
-            inner.leave_unreleased(self.id);
         }
         result
+    }
+
+    /// Runs the release; where it fails, the reaper has it.
+    fn release_or_leave(&self, inner: &Inner) -> Result<(), SubscriberError> {
+        self.release(inner).inspect_err(|_| inner.leave_unreleased(self.id))
     }
 
     /// Tries a release that failed, or that could not be run, again. Whether the subscriber is gone.
@@ -351,7 +354,7 @@ impl Member {
             }
             calls.releasing = true;
         }
-        self.release(inner)
+        self.release_or_leave(inner)
     }
 }
 

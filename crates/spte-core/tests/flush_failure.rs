@@ -70,7 +70,7 @@ fn i9_unlinked_tables_wait_for_a_flush_that_succeeds() {
 }
 
 #[test]
-fn pages_in_limbo_go_with_the_table() {
+fn pages_in_limbo_go_with_the_table_once_it_is_flushed() {
     for format in flavours() {
         let rig = Rig::new(format);
         rig.map(0, BIG, &small()).unwrap();
@@ -78,7 +78,12 @@ fn pages_in_limbo_go_with_the_table() {
         rig.pages.fail_flush_in(0);
         rig.table.unmap(range(0, BIG)).unwrap_err();
         let common::Rig { pages, table, space, subscription, .. } = rig;
-        drop((subscription, table, space));
+        // Hardware may still walk what was not flushed: as long as that fails, the table stays where windows find it.
+        drop((subscription, table));
+        assert!(pages.live() > 0, "{}", format.name);
+        pages.stop_failing();
+        assert_eq!(space.reap(), 0);
+        drop(space);
         assert_eq!(pages.live(), 0, "{}", format.name);
     }
 }

@@ -136,7 +136,11 @@ fn long_mode_with_ept_coming_and_going() {
 
 #[test]
 fn a_frame_freed_before_the_window_is_caught() {
-    is_caught("free before the window", Sabotage::FreeBeforeWindow, &["stale", "was written", "holds", "page"]);
+    is_caught(
+        "free before the window",
+        Sabotage::FreeBeforeWindow,
+        &["stale", "was written", "holds", "page", "is mapped to"],
+    );
 }
 
 #[test]
@@ -156,5 +160,9 @@ fn a_forgotten_fact_is_caught() {
 
 #[test]
 fn a_frame_freed_under_a_lease_is_caught() {
-    is_caught("free under a lease", Sabotage::FreeUnderLease, &["stale", "was written", "holds", "page"]);
+    is_caught(
+        "free under a lease",
+        Sabotage::FreeUnderLease,
+        &["stale", "was written", "holds", "page", "is mapped to"],
+    );
 }

@@ -288,14 +288,11 @@ impl<'w> Fault<'w> {
         loop {
             let slots_generation = inner.slots_generation.load(Ordering::Acquire);
             let slots = inner.slots.load();
-            let slot = slots.find(guest.start());
-            let other = match slot {
-                Some(index) => (!slots.get(index).guest().covers(&guest)).then(|| slots.get(index)),
-                None => slots.overlapping(guest),
-            };
-            if let Some(slot) = other {
-                return Err(FaultError::CrossesSlot { range: guest, slot: slot.id(), covered: slot.guest() });
-            }
+            let slot = slots.locate(guest).map_err(|slot| FaultError::CrossesSlot {
+                range: guest,
+                slot: slot.id(),
+                covered: slot.guest(),
+            })?;
             if slots.holes.overlaps(guest) {
                 return Err(FaultError::NotPopulated { range: guest });
             }
@@ -447,7 +444,7 @@ impl<'w> Resolved<'w> {
         self.extents.as_slice()
     }
 
-    /// Installs: hands an [`Admission`] to `install`, which claims its entries, asks [`Admission::check`], and
+    /// Installs: hands an [`Admission`] to `install`, which claims its entries, asks [`Admission::check_for`], and
     /// publishes or gives back. Table crates have operations that do all of this; a closure that calls one is all a
     /// VMM writes.
     pub fn install<R>(self, install: impl FnOnce(&Admission<'_>) -> R) -> R {

@@ -196,14 +196,10 @@ impl Lease {
         loop {
             let slots_generation = inner.slots_generation.load(Ordering::Acquire);
             let slots = inner.slots.load();
-            let slot = slots.find(range.start()).map(|index| slots.get(index));
-            let other = match slot {
-                Some(slot) => (!slot.guest().covers(&range)).then_some(slot),
-                None => slots.overlapping(range),
-            };
-            if let Some(slot) = other {
-                return Err(LeaseError::CrossesSlot { range, slot: slot.id(), covered: slot.guest() });
-            }
+            let slot = slots
+                .locate(range)
+                .map_err(|slot| LeaseError::CrossesSlot { range, slot: slot.id(), covered: slot.guest() })?
+                .map(|index| slots.get(index));
             let place = Stretch { guest: Some(range), host: slot.and_then(|slot| slot.host_of(range)) };
             let mut entries = inner.leases.entries.lock();
             if let Some(record) = inner.overlapping_window(&place) {

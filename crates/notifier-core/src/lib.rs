@@ -23,7 +23,7 @@
 //!
 //! **A fault** adds translations: [`Fault`] (a snapshot of a range), then [`Fault::resolve`] (look the backing up), then
 //! [`Resolved::install`] (put it into a table). Each takes the one before by value, so no other order compiles. The table
-//! asks [`Admission::check`] between claiming an entry and publishing it; a fault that lost to a window gets a
+//! asks [`Admission::check_for`] between claiming an entry and publishing it; a fault that lost to a window gets a
 //! [`Retry`], and can wait for that window. Retry is exact: a window elsewhere never fails a fault.
 //!
 //! **A [`Scope`]** is a walk in progress. Software walkers ([`Walker`]) are TLBs: what one found, it may use until its

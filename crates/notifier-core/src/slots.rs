@@ -198,6 +198,19 @@ impl SlotMap {
         self.slots[index].guest().contains(addr).then_some(index)
     }
 
+    /// Index of the slot that holds all of `range`, or `None` where no slot has a byte of it.
+    ///
+    /// # Errors
+    /// A slot that has a part of it.
+    pub(crate) fn locate(&self, range: GpaRange) -> Result<Option<usize>, &Arc<Slot>> {
+        let slot = self.find(range.start());
+        let crossed = match slot {
+            Some(index) => Some(self.get(index)).filter(|slot| !slot.guest().covers(&range)),
+            None => self.overlapping(range),
+        };
+        crossed.map_or(Ok(slot), Err)
+    }
+
     pub(crate) fn get(&self, index: usize) -> &Arc<Slot> {
         &self.slots[index]
     }

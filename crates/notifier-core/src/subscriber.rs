@@ -189,7 +189,7 @@ pub enum PageOutcome {
 /// - [`Subscriber::end`] comes exactly once for each start that succeeded, on any thread. Starts and ends of different
 ///   windows come in any order, and at the same time.
 /// - Between the two it adds no right and no translation in the range. Who installs only through
-///   [`Admission::check`](crate::Admission::check) keeps this without doing anything.
+///   [`Admission::check_for`](crate::Admission::check_for) keeps this without doing anything.
 /// - Callbacks may not open or close windows, join, leave or change slots: they get a typed error.
 /// - A callback that panics is taken for one that failed.
 pub trait Subscriber: Send + Sync {

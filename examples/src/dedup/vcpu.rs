@@ -40,7 +40,7 @@ impl WorkingSet {
 
     /// The page to use next.
     pub(crate) fn pick(&self, rng: &mut ChaCha8Rng) -> usize {
-        if self.uses.fetch_add(1, Ordering::Relaxed) % WANDER == 0 {
+        if self.uses.fetch_add(1, Ordering::Relaxed).is_multiple_of(WANDER) {
             self.hot.store(rng.random_range(0..self.pages), Ordering::Relaxed);
         }
         match rng.random_range(0..4) {

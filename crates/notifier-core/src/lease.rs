@@ -3,7 +3,8 @@
 //!
 //! A scope is for as long as a walk lasts. What lasts longer (an io_uring request in flight, a VFIO mapping) is a
 //! [`Lease`] over its bytes. A window that overlaps one asks for it back, waits for it, or fails
-//! ([`LeasePolicy`]); it never goes on beside it.
+//! ([`LeasePolicy`]); it never goes on beside it. Leases stand in the way of windows alone: a table that is told to unmap
+//! directly, with no window, does so.
 //!
 //! *Neither misses the other.* A lease looks at the open windows and is entered in one hold of the lock of the leases; a
 //! window is recorded before it takes the same lock to look at the leases. So either the window finds the lease, or the

@@ -26,7 +26,7 @@ use crate::{
 pub(crate) struct Registry {
     pub(crate) windows: Vec<Arc<Record>>,
     pub(crate) members: Vec<Arc<Member>>,
-    /// The slots that windows walk: those that serve faults, and those that are being removed.
+    /// The slots that windows walk; a slot that is being removed is among them until nobody maps through it any more.
     pub(crate) walked: SlotMap,
     pub(crate) next_window: u64,
     next_subscriber: u64,

@@ -11,7 +11,9 @@ use std::{
 };
 
 use notifier_core::*;
-use spte_core::{Flush, FlushError, FlushRequest, HeapPages, MapError, MapOptions, Mapped, RemoveError, Table};
+use spte_core::{
+    Flush, FlushError, FlushFailed, FlushRequest, HeapPages, MapError, MapOptions, Mapped, RemoveError, Table,
+};
 use spte_x86::{Ept, EptOptions, MmioAccess, SlotGeneration};
 
 type EptTable<X> = Table<Ept, HeapPages, X>;
@@ -294,4 +296,31 @@ fn unmapping_a_part_of_what_cannot_be_split_is_refused() {
     // Inside a window too much is safe, and nothing may be left.
     drop(space.zap(range(1 << 30, PAGE)).unwrap());
     assert!(!reaches(&space, &table, (1 << 30) + 0x10_0000, Access::READ));
+}
+
+/// Hardware whose driver panics until it is told to work.
+struct Panicky(Arc<AtomicBool>);
+
+impl Flush for Panicky {
+    fn flush(&self, request: &FlushRequest<'_>) -> Result<(), FlushError> {
+        assert!(self.0.load(Ordering::SeqCst), "rude");
+        assert!(request.all, "what the panic left owed is flushed with everything");
+        Ok(())
+    }
+}
+
+#[test]
+fn a_flush_that_panics_is_one_that_failed_and_stays_owed() {
+    let space = Space::new();
+    slot(&space);
+    let works = Arc::new(AtomicBool::new(false));
+    let table = table_of(&space, EptOptions::default(), Panicky(Arc::clone(&works)));
+    let _place = space.subscribe(Arc::clone(&table)).unwrap();
+    map(&space, &table, range(AT, PAGE), 0x9000).unwrap();
+    let refused = table.unmap(range(AT, PAGE)).unwrap_err();
+    let panicked = FlushFailed::Hardware(FlushError::Panicked);
+    assert!(matches!(refused, RemoveError::Flush { source, .. } if source == panicked), "{refused}");
+    assert!(space.zap(host(AT, PAGE)).is_err());
+    works.store(true, Ordering::SeqCst);
+    space.zap(host(AT, PAGE)).unwrap().close().unwrap();
 }

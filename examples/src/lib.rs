@@ -6,6 +6,7 @@
 
 pub mod dedup;
 pub mod ksm;
+pub mod machine;
 
 /// README's program, compiled and run as it stands there.
 #[cfg(doctest)]

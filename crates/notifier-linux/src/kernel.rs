@@ -66,8 +66,8 @@ pub enum Call {
     NoHugePage,
     /// `fallocate(FALLOC_FL_PUNCH_HOLE)`.
     PunchHole,
-    /// `fstat`, for the length of a file.
-    FileLength,
+    /// `fstat`, for the length of a file, and which it is.
+    FileFacts,
     /// `userfaultfd`, or `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`.
     OpenUserfaultfd,
     /// `UFFDIO_API`.
@@ -109,7 +109,7 @@ impl Call {
         Call::PopulateWrite,
         Call::NoHugePage,
         Call::PunchHole,
-        Call::FileLength,
+        Call::FileFacts,
         Call::OpenUserfaultfd,
         Call::UserfaultfdApi,
         Call::Register,
@@ -138,7 +138,7 @@ impl Call {
             Call::PopulateWrite => "madvise(MADV_POPULATE_WRITE)",
             Call::NoHugePage => "madvise(MADV_NOHUGEPAGE)",
             Call::PunchHole => "fallocate(FALLOC_FL_PUNCH_HOLE)",
-            Call::FileLength => "fstat",
+            Call::FileFacts => "fstat",
             Call::OpenUserfaultfd => "userfaultfd",
             Call::UserfaultfdApi => "UFFDIO_API",
             Call::Register => "UFFDIO_REGISTER",
@@ -186,6 +186,15 @@ pub(crate) struct Style {
     pub(crate) shared: bool,
     /// `MAP_NORESERVE`. Mappings that differ in it are not joined by the kernel.
     pub(crate) no_reserve: bool,
+}
+
+/// What `fstat` says of a file.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct FileFacts {
+    /// Bytes.
+    pub(crate) length: u64,
+    /// Device and inode: equal for descriptors of the same file.
+    pub(crate) identity: (u64, u64),
 }
 
 impl Style {
@@ -329,10 +338,11 @@ impl Kernel {
         Ok(())
     }
 
-    /// Bytes of the file.
-    pub(crate) fn file_length(&self, file: BorrowedFd<'_>) -> io::Result<u64> {
-        self.ask(Call::FileLength)?;
-        Ok(u64::try_from(rustix::fs::fstat(file)?.st_size).unwrap_or(0))
+    /// The file's length, and which file it is.
+    pub(crate) fn file_facts(&self, file: BorrowedFd<'_>) -> io::Result<FileFacts> {
+        self.ask(Call::FileFacts)?;
+        let stat = rustix::fs::fstat(file)?;
+        Ok(FileFacts { length: u64::try_from(stat.st_size).unwrap_or(0), identity: (stat.st_dev, stat.st_ino) })
     }
 
     // ---- userfaultfd ----

@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! How many mappings the process may still make.
+//!
+//! Linux lets a process have `vm.max_map_count` mappings (65,530 unless set). A page that is mapped over in the middle of a
+//! mapping makes two more of it. Whoever reaches the limit does not only fail itself: from then on every `mmap` and
+//! `munmap` of the process may fail, and so does `malloc`. So an operation that may add mappings reserves them first, and
+//! a reserve is left for the rest of the process.
+//!
+//! Counting means reading `/proc/self/maps`, which takes longer the more there are (tens of milliseconds near the limit).
+//! So it is done rarely. Between two counts there are two figures: the *worst case* (each call adds two) and the *likely
+//! case* (what the layouts of guest memory grew by; the kernel joins what the layout joins, mostly). A reservation is
+//! granted when the worst case stays below the reserve, or when the likely case does and the two differ by less than half
+//! the reserve: then the reserve pays for what the likely case got wrong. Otherwise the count is made anew. What would have
+//! to be refused is refused by the last count if that is recent: counting never takes more than a twentieth of the time.
+//!
+//! All budgets of a process share these figures, for they share the mappings.
+
+use std::{
+    io,
+    sync::atomic::{AtomicI64, Ordering},
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+
+use crate::kernel::{Call, Kernel};
+
+/// Mappings made since the process began, if each call added as many as it can. Never falls but for calls not made.
+static WORST: AtomicI64 = AtomicI64::new(0);
+/// Mappings made since the process began, as the layouts have it.
+static LIKELY: AtomicI64 = AtomicI64::new(0);
+
+/// Mappings that a call which maps over, or protects, a part of a mapping may add.
+pub(crate) const PER_CALL: u64 = 2;
+/// The least that is left to the rest of the process, unless the user says otherwise.
+const LEAST_RESERVE: u64 = 1024;
+/// One count in at least as many times its own duration, where it would only confirm a refusal.
+const REST: u32 = 20;
+
+/// An operation would bring the process too near to the limit of its mappings. Nothing was done.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BudgetError {
+    /// There are not that many left.
+    #[error(
+        "{wanted} more mappings do not fit: {in_use} of {limit} are in use, of which {reserve} are kept in reserve"
+    )]
+    Exhausted {
+        /// Mappings that the process may have.
+        limit: u64,
+        /// Mappings that it has, as far as known.
+        in_use: u64,
+        /// Mappings asked for.
+        wanted: u64,
+        /// Mappings that are left to others.
+        reserve: u64,
+    },
+    /// They could not be counted.
+    #[error("the process's mappings cannot be counted: {call}: {source}")]
+    Unknown {
+        /// What failed.
+        call: Call,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Count {
+    limit: u64,
+    mappings: u64,
+    /// `WORST` and `LIKELY` when the count was begun.
+    worst: i64,
+    likely: i64,
+    at: Instant,
+    took: Duration,
+}
+
+/// Watches the number of mappings that the process has.
+#[derive(Debug)]
+pub struct VmaBudget {
+    kernel: Kernel,
+    /// A limit of the user's; otherwise the kernel's.
+    limit: Option<u64>,
+    reserve: Option<u64>,
+    last: Mutex<Count>,
+    counting: Mutex<()>,
+}
+
+impl VmaBudget {
+    /// The kernel's limit, less a reserve of a sixteenth, or of 1024 if that is more.
+    ///
+    /// # Errors
+    /// [`BudgetError::Unknown`].
+    pub fn new(kernel: &Kernel) -> Result<Self, BudgetError> {
+        Self::with(kernel, None, None)
+    }
+
+    /// The kernel's limit, less a reserve of this many mappings.
+    ///
+    /// # Errors
+    /// [`BudgetError::Unknown`].
+    pub fn with_reserve(kernel: &Kernel, reserve: u64) -> Result<Self, BudgetError> {
+        Self::with(kernel, None, Some(reserve))
+    }
+
+    /// A limit of one's own instead of the kernel's, less a reserve of this many mappings.
+    ///
+    /// # Errors
+    /// [`BudgetError::Unknown`].
+    pub fn with_limit(kernel: &Kernel, limit: u64, reserve: u64) -> Result<Self, BudgetError> {
+        Self::with(kernel, Some(limit), Some(reserve))
+    }
+
+    fn with(kernel: &Kernel, limit: Option<u64>, reserve: Option<u64>) -> Result<Self, BudgetError> {
+        let last = Mutex::new(count(kernel, limit)?);
+        Ok(Self { kernel: kernel.clone(), limit, reserve, last, counting: Mutex::new(()) })
+    }
+
+    /// Mappings that the process may have, the reserve included.
+    pub fn limit(&self) -> u64 {
+        self.last.lock().limit
+    }
+
+    /// Mappings that are left to the rest of the process.
+    pub fn reserve(&self) -> u64 {
+        self.reserve_of(self.limit())
+    }
+
+    fn reserve_of(&self, limit: u64) -> u64 {
+        self.reserve.unwrap_or_else(|| LEAST_RESERVE.max(limit / 16))
+    }
+
+    /// Mappings in use, by the last count and what is likely to have come since.
+    pub fn in_use(&self) -> u64 {
+        likely(&self.last.lock())
+    }
+
+    /// Counts now; how many there are.
+    ///
+    /// # Errors
+    /// [`BudgetError::Unknown`]; the last count stands.
+    pub fn recount(&self) -> Result<u64, BudgetError> {
+        let _one_at_a_time = self.counting.lock();
+        self.count_again().map(|count| count.mappings)
+    }
+
+    fn count_again(&self) -> Result<Count, BudgetError> {
+        let count = count(&self.kernel, self.limit)?;
+        *self.last.lock() = count;
+        Ok(count)
+    }
+
+    /// Sets `wanted` mappings aside.
+    pub(crate) fn reserve_mappings(&self, wanted: u64) -> Result<Reservation, BudgetError> {
+        if wanted == 0 {
+            return Ok(Reservation { wanted: 0 });
+        }
+        let last = *self.last.lock();
+        match self.verdict(&last, wanted) {
+            Verdict::Fits => return Ok(Reservation::new(wanted)),
+            Verdict::Refused if last.at.elapsed() < last.took * REST => return Err(self.exhausted(&last, wanted)),
+            _ => {}
+        }
+        let _one_at_a_time = self.counting.lock();
+        // Another thread may have counted meanwhile.
+        let mut now = *self.last.lock();
+        if now.at == last.at || !matches!(self.verdict(&now, wanted), Verdict::Fits) {
+            now = self.count_again()?;
+        }
+        match self.verdict(&now, wanted) {
+            Verdict::Fits => Ok(Reservation::new(wanted)),
+            _ => Err(self.exhausted(&now, wanted)),
+        }
+    }
+
+    fn exhausted(&self, count: &Count, wanted: u64) -> BudgetError {
+        let limit = count.limit;
+        BudgetError::Exhausted { limit, in_use: likely(count), wanted, reserve: self.reserve_of(limit) }
+    }
+
+    fn verdict(&self, count: &Count, wanted: u64) -> Verdict {
+        let reserve = self.reserve_of(count.limit);
+        let ceiling = count.limit.saturating_sub(reserve);
+        let worst = u64::try_from(WORST.load(Ordering::Relaxed).wrapping_sub(count.worst)).unwrap_or(0);
+        let fits = |in_use: u64| in_use.saturating_add(wanted) <= ceiling;
+        if fits(count.mappings.saturating_add(worst)) {
+            Verdict::Fits
+        } else if !fits(likely(count)) {
+            Verdict::Refused
+        } else if worst <= reserve / 2 {
+            Verdict::Fits
+        } else {
+            Verdict::Unsure
+        }
+    }
+}
+
+enum Verdict {
+    Fits,
+    Refused,
+    Unsure,
+}
+
+fn likely(count: &Count) -> u64 {
+    count.mappings.saturating_add_signed(LIKELY.load(Ordering::Relaxed).wrapping_sub(count.likely))
+}
+
+fn count(kernel: &Kernel, limit: Option<u64>) -> Result<Count, BudgetError> {
+    let unknown = |call| move |source| BudgetError::Unknown { call, source };
+    let limit = match limit {
+        Some(limit) => limit,
+        None => kernel.mapping_limit().map_err(unknown(Call::MappingLimit))?,
+    };
+    let began = Instant::now();
+    // Before the count: what is made during it is counted twice rather than not at all.
+    let (worst, likely) = (WORST.load(Ordering::Relaxed), LIKELY.load(Ordering::Relaxed));
+    let mappings = kernel.count_mappings().map_err(unknown(Call::CountMappings))?;
+    let at = Instant::now();
+    Ok(Count { limit, mappings, worst, likely, at, took: at - began })
+}
+
+/// Mappings that have gone, a layout and all.
+pub(crate) fn gone(mappings: u64) {
+    LIKELY.fetch_sub(mappings.try_into().unwrap_or(i64::MAX), Ordering::Relaxed);
+}
+
+/// Mappings set aside for an operation in flight. Dropping it without settling gives them back.
+#[derive(Debug)]
+#[must_use = "the mappings are given back when this is dropped"]
+pub(crate) struct Reservation {
+    wanted: i64,
+}
+
+impl Reservation {
+    fn new(wanted: u64) -> Self {
+        let wanted = i64::try_from(wanted).unwrap_or(i64::MAX);
+        WORST.fetch_add(wanted, Ordering::Relaxed);
+        LIKELY.fetch_add(wanted, Ordering::Relaxed);
+        Self { wanted }
+    }
+
+    /// How many.
+    pub(crate) fn mappings(&self) -> u64 {
+        self.wanted.unsigned_abs()
+    }
+
+    /// Both as one.
+    pub(crate) fn join(mut self, other: Option<Self>) -> Self {
+        if let Some(mut other) = other {
+            self.wanted += std::mem::take(&mut other.wanted);
+        }
+        self
+    }
+
+    /// The calls were made, and the layout grew by `grown` mappings.
+    pub(crate) fn settle(mut self, grown: i64) {
+        LIKELY.fetch_add(grown.wrapping_sub(self.wanted), Ordering::Relaxed);
+        self.wanted = 0;
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if self.wanted != 0 {
+            WORST.fetch_sub(self.wanted, Ordering::Relaxed);
+            LIKELY.fetch_sub(self.wanted, Ordering::Relaxed);
+        }
+    }
+}

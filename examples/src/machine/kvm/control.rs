@@ -62,15 +62,15 @@ const PORTS: [u8; 4] = {
 };
 pub(super) const TSS_LIMIT: u16 = (IO_BITMAP + PORTS.len()) as u16 - 1;
 
-/// One copy of the guest's: `qwords` times 8 bytes.
+/// One copy that the guest makes: `qwords` times 8 bytes.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Copy8 {
+pub(super) struct Transfer {
     pub(super) src: Gpa,
     pub(super) dst: Gpa,
     pub(super) qwords: u64,
 }
 
-impl Copy8 {
+impl Transfer {
     /// Bytes of one in a job list.
     const BYTES: usize = 24;
     /// How many fit a list.
@@ -214,13 +214,12 @@ impl Control {
         all
     }
 
-    /// Writes a vCPU's job list: at most [`Copy8::MOST`] copies.
-    pub(super) fn set_jobs(&self, vcpu: usize, copies: &[Copy8]) -> Result<(), MachineError> {
+    /// Writes a vCPU's job list: at most [`Transfer::MOST`] copies.
+    pub(super) fn set_jobs(&self, vcpu: usize, copies: &[Transfer]) -> Result<(), MachineError> {
         let list = self.own(vcpu, JOBS) * PAGE;
         let write = || -> Result<(), VolatileMemoryError> {
             self.put(list, copies.len() as u64)?;
             let words = copies.iter().flat_map(|copy| [copy.src.as_u64(), copy.dst.as_u64(), copy.qwords]);
-            // A reference to a whole page of words: one check for all of them.
             let list = self.memory.get_array_ref::<u64>(list + 8, copies.len() * 3)?;
             words.enumerate().for_each(|(index, word)| list.store(index, word));
             Ok(())

@@ -28,6 +28,10 @@ pub(super) const FRAME_BYTES: usize = 8 * 8;
 global_asm!(
     r#"
     .pushsection .rodata.secondary_mmu_guest, "a", @progbits
+    .irp symbol, program, program_end, stub, stub_end
+    .globl  secondary_mmu_guest_\symbol
+    .hidden secondary_mmu_guest_\symbol
+    .endr
     .balign 16
 secondary_mmu_guest_program:
     mov     rdx, qword ptr [rbx]

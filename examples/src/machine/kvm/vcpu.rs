@@ -10,7 +10,7 @@ use notifier_core::Gpa;
 use spte_x86::registers::Cr3;
 
 use super::{
-    control::{self, Control, Copy8},
+    control::{self, Control, Transfer},
     program::{DONE_PORT, EXCEPTION_PORT},
     vm::{Shared, call},
 };
@@ -21,6 +21,9 @@ pub const BUFFER_PAGES: usize = 64;
 const BUFFER_BYTES: usize = BUFFER_PAGES * PAGE;
 
 /// A virtual CPU. It runs on the thread that calls it, and only inside these calls.
+///
+/// Addresses are the guest's business: what its tables do not map, or not for CPL3, is a
+/// [`MachineError::GuestFault`]. They map RAM, and the job lists and buffers of all vCPUs, which lie above it.
 #[derive(Debug)]
 pub struct Vcpu {
     // First: the guest is gone before its memory is.
@@ -74,7 +77,7 @@ impl Vcpu {
         let mut copies = Vec::with_capacity(BUFFER_PAGES.min(pages.len()));
         for part in pages.chunks(BUFFER_PAGES) {
             copies.clear();
-            copies.extend(part.iter().enumerate().map(|(index, &src)| Copy8 {
+            copies.extend(part.iter().enumerate().map(|(index, &src)| Transfer {
                 src,
                 dst: buffer.wrapping_add((index * PAGE) as u64),
                 qwords: PAGE as u64 / 8,
@@ -104,12 +107,12 @@ impl Vcpu {
             return Err(MachineError::Length { at, len: bytes.len() });
         }
         let buffer = self.shared.control.buffer(self.index);
-        let mut copies: Vec<Copy8> = Vec::with_capacity(Copy8::MOST.min(pieces.len()));
+        let mut copies: Vec<Transfer> = Vec::with_capacity(Transfer::MOST.min(pieces.len()));
         let mut used = 0;
         for &(at, mut bytes) in pieces {
             let mut dst = at;
             while !bytes.is_empty() {
-                if used == BUFFER_BYTES || copies.len() == Copy8::MOST {
+                if used == BUFFER_BYTES || copies.len() == Transfer::MOST {
                     self.run(&copies)?;
                     copies.clear();
                     used = 0;
@@ -117,7 +120,7 @@ impl Vcpu {
                 let (now, later) = bytes.split_at(bytes.len().min(BUFFER_BYTES - used));
                 self.shared.control.buffer_slice(self.index, used, now.len())?.copy_from(now);
                 let src = buffer.wrapping_add(used as u64);
-                copies.push(Copy8 { src, dst, qwords: now.len() as u64 / 8 });
+                copies.push(Transfer { src, dst, qwords: now.len() as u64 / 8 });
                 used += now.len();
                 dst = dst.wrapping_add(now.len() as u64);
                 bytes = later;
@@ -132,7 +135,7 @@ impl Vcpu {
     }
 
     /// One job. No lock is held while the guest runs.
-    fn run(&mut self, copies: &[Copy8]) -> Result<(), MachineError> {
+    fn run(&mut self, copies: &[Transfer]) -> Result<(), MachineError> {
         self.shared.control.set_jobs(self.index, copies)?;
         if !self.at_rest {
             self.restart()?;

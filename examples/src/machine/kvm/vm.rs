@@ -19,8 +19,8 @@ use super::{
 };
 use crate::machine::{MachineError, PAGE};
 
-/// Where Intel's KVM keeps three pages of its own for real mode (`KVM_SET_TSS_ADDR`, which is to be given "in the first
-/// 4 GiB", and must be on Intel): above the usual end of low RAM, and below the identity map at `0xfffb_c000`'s other side.
+/// Three pages of guest-physical memory that KVM keeps for real mode on Intel: they are to be in the first 4 GiB, where there
+/// is no RAM (`KVM_SET_TSS_ADDR` in the kernel's `api.rst`). The page before is its identity map, by default.
 const REAL_MODE: usize = 0xfffb_d000;
 /// The part of the low 4 GiB where KVM, and the APIC, have pages of their own: no place for the control region.
 const HOLE: std::ops::Range<u64> = 0xc000_0000..0x1_0000_0000;
@@ -154,14 +154,16 @@ fn regions(ram: &GuestMemoryMmap<()>) -> Result<Vec<(GpaRange, u64)>, MachineErr
 /// The control region for this RAM, above it.
 fn control(ram: &[GpaRange], vcpus: usize, options: &LongModeOptions) -> Result<Control, MachineError> {
     const ROUND: u64 = 2 << 20;
+    const TABLES_AT_MOST: u64 = 1 << 20;
     // Virtual addresses are physical ones here, and bit 47 of the virtual ones is the sign.
     let bits = u32::from(options.physical_bits).min(47);
     let too_high = |end| MachineError::TooHigh { end, bits };
     let top = ram.last().map_or(0, |range| range.end().as_u64());
     let mut base = top.checked_next_multiple_of(ROUND).ok_or(too_high(top))?;
-    // Twice: once to learn how many table pages there have to be, and those are not mapped.
+    // Without the table pages, which nothing maps. How many there are depends on where all of this lies; where there is RAM
+    // below 4 GiB alone they are few.
     let mapped = Control::bytes(vcpus, 0) as u64;
-    if base < HOLE.end && base + mapped + (64 << 20) > HOLE.start {
+    if base < HOLE.end && base + mapped + TABLES_AT_MOST > HOLE.start {
         base = HOLE.end;
     }
     let end = base.checked_add(mapped).ok_or(too_high(base))?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The main job, briefly, in each of its modes. Damage is counted by a ledger that knows no table: the unsafe modes are
+//! The main job on software walkers, briefly, in each of its modes. Damage is counted by a ledger that knows no table: the unsafe modes are
 //! here to show that it can.
 
 use std::{
@@ -21,7 +21,7 @@ fn alone() -> MutexGuard<'static, ()> {
 }
 
 fn dedup(args: &[&str]) -> Result<Report, Error> {
-    let options = Options::from_args([&["dedup"], args].concat()).unwrap();
+    let options = Options::from_args([&["dedup", "--backend", "software"], args].concat()).unwrap();
     run(&options, &AtomicBool::new(false))
 }
 
@@ -97,7 +97,7 @@ fn without_a_time_a_run_ends_when_nothing_more_is_to_be_merged() {
 #[test]
 fn an_interrupted_run_reports() {
     let _alone = alone();
-    let options = Options::from_args(["dedup", "--mem", "4M", "--seconds", "60"]).unwrap();
+    let options = Options::from_args(["dedup", "--backend", "software", "--mem", "4M", "--seconds", "60"]).unwrap();
     let interrupt = AtomicBool::new(false);
     let began = Instant::now();
     let report = thread::scope(|scope| {

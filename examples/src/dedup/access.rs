@@ -1,31 +1,56 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! How guests reach their memory: by walking the table inside a scope, and by faulting where that finds nothing.
+//! Who reads and writes guest memory.
+//!
+//! Everybody who does is an [`Agent`]: what it does there and how it is checked is the same for all. [`Walking`] agents
+//! reach memory by walking the guest's table inside a scope, and by faulting where that finds nothing: software vCPUs,
+//! and devices.
 
 use notifier_core::{Access, OutputAddr, Walker};
 
 use super::{
     error::Error,
     guest::Guest,
-    ledger::{Claim, STAMP, Stamp},
+    ledger::STAMP,
     mapping::gpa,
     memory::{Frames, PAGE, PageBytes},
     table::Walk,
 };
 
-/// A vCPU or a device of one guest, seen as somebody who walks.
+/// Bytes to be written into one page.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Piece<'a> {
+    pub(crate) page: usize,
+    /// Where in the page.
+    pub(crate) offset: usize,
+    pub(crate) bytes: &'a [u8],
+}
+
+/// One who reads and writes a guest's memory.
+pub(crate) trait Agent {
+    /// Whose memory.
+    fn guest(&self) -> &Guest;
+
+    /// Reads whole pages, in this order.
+    fn read(&mut self, pages: &[usize]) -> Result<Vec<PageBytes>, Error>;
+
+    /// Writes, in this order.
+    fn write(&mut self, pieces: &[Piece<'_>]) -> Result<(), Error>;
+}
+
+/// One who walks the guest's table.
 #[derive(Debug)]
-pub(crate) struct Agent<'g> {
+pub(crate) struct Walking<'g> {
     pub(crate) guest: &'g Guest,
     pub(crate) walker: Walker,
 }
 
-impl<'g> Agent<'g> {
+impl<'g> Walking<'g> {
     pub(crate) fn new(guest: &'g Guest) -> Self {
         Self { guest, walker: guest.space.walker() }
     }
 
     /// Reaches a page: `used` gets the output address, and what it does there it does inside the scope of the walk.
-    pub(crate) fn reach<R>(
+    fn reach<R>(
         &mut self,
         page: usize,
         access: Access,
@@ -43,26 +68,28 @@ impl<'g> Agent<'g> {
             }
         }
     }
+}
 
-    /// Reads a whole page.
-    pub(crate) fn read(&mut self, page: usize) -> Result<PageBytes, Error> {
-        let mut bytes = [0; PAGE];
-        self.reach(page, Access::READ, |frames, at| frames.read(at, &mut bytes))?;
-        Ok(bytes)
+impl Agent for Walking<'_> {
+    fn guest(&self) -> &Guest {
+        self.guest
     }
 
-    /// Writes a whole page.
-    pub(crate) fn write(&mut self, page: usize, bytes: &PageBytes) -> Result<(), Error> {
-        self.reach(page, Access::WRITE, |frames, at| frames.write(at, bytes))
+    fn read(&mut self, pages: &[usize]) -> Result<Vec<PageBytes>, Error> {
+        let read = |&page: &usize| {
+            let mut bytes = [0; PAGE];
+            self.reach(page, Access::READ, |frames, at| frames.read(at, &mut bytes))?;
+            Ok(bytes)
+        };
+        pages.iter().map(read).collect()
     }
 
-    /// Changes a claimed page, which holds what it must, so that it has `stamp`; and writes that down.
-    pub(crate) fn stamp(&mut self, page: usize, claim: Claim<'_>, stamp: Stamp) -> Result<(), Error> {
-        let pieces = claim.pieces(stamp);
-        self.reach(page, Access::WRITE, |frames, at| write_pieces(frames, at, &pieces))?;
-        claim.publish(stamp);
-        self.guest.tally.writes.add(1);
-        Ok(())
+    fn write(&mut self, pieces: &[Piece<'_>]) -> Result<(), Error> {
+        pieces.iter().try_for_each(|piece| {
+            self.reach(piece.page, Access::WRITE, |frames, at| {
+                frames.write(at.wrapping_add(piece.offset as u64), piece.bytes)
+            })
+        })
     }
 }
 

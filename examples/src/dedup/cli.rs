@@ -18,11 +18,11 @@ const LONGEST: Duration = Duration::from_secs(25);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 #[non_exhaustive]
 pub enum Backend {
-    /// The best there is: for now, software.
+    /// KVM where guests can run on it, else software.
     Auto,
     /// Threads that walk the table as hardware would.
     Software,
-    /// KVM's guests (not in this release).
+    /// Guests on KVM, natively.
     Kvm,
 }
 
@@ -48,8 +48,9 @@ pub enum Safety {
 
 /// Merges identical pages of running guests and repoints their translations through change_pte.
 ///
-/// Guests are threads that reach their memory only by walking an EPT-format table. Their RAM holds real files; they
-/// read, write and check it while a merger finds equal pages, keeps one copy, and gives the rest back to the host.
+/// Guests' RAM holds real files. They read, write and check it while a merger finds equal pages, keeps one copy, and
+/// gives the rest back to the host. Their vCPUs run on KVM, with devices that walk an EPT-format table; or all of them
+/// are threads that walk one.
 #[derive(Debug, Clone, Parser)]
 #[command(
     name = "dedup",
@@ -75,7 +76,7 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
 
-    /// What walks the tables; auto is software in this release
+    /// What guests run on; auto is kvm where /dev/kvm opens, and says why if it is not
     #[arg(long, value_enum, default_value_t = Backend::Auto)]
     pub backend: Backend,
 
@@ -114,9 +115,6 @@ pub enum UsageError {
     /// An argument is wrong.
     #[error("{0}")]
     Argument(String),
-    /// The back end is not there yet.
-    #[error("the kvm back end is not in this release; use --backend software")]
-    NoKvm,
     /// More memory than there is.
     #[error("{guests} guests of {mem} MiB need about {needed} MiB, and {available} MiB are available")]
     Memory {
@@ -163,9 +161,6 @@ impl Options {
     }
 
     fn check(&self) -> Result<(), UsageError> {
-        if self.backend == Backend::Kvm {
-            return Err(UsageError::NoKvm);
-        }
         if let Some(path) = self.plot.as_ref().filter(|path| path.extension().is_none_or(|ext| ext != "svg")) {
             return Err(UsageError::PlotName { path: path.clone() });
         }
@@ -291,7 +286,7 @@ mod tests {
             &["--mem", "12Q"],
             &["--mem", "1000G", "--guests", "32"],
             &["--mode", "swap"],
-            &["--backend", "kvm"],
+            &["--backend", "xen"],
             &["--plot", "plot.png"],
             &["--unsafe-no-fence", "--unsafe-no-notify"],
             &["--image"],

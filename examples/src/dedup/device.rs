@@ -16,7 +16,8 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::{
-    access::{Agent, write_pieces},
+    access::{Walking, write_pieces},
+    damage::Checking,
     error::Error,
     guest::Guest,
     ledger::{Expected, Stamp},
@@ -38,7 +39,7 @@ const STAMPS: u64 = 1 << 62;
 /// Makes transfers: changes the first page of some pages, reads all of them, and puts the first one back next time.
 pub(crate) fn transfer(guest: &Guest, seed: u64, stop: &AtomicBool) -> Result<(), Error> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut agent = Agent::new(guest);
+    let mut agent = Walking::new(guest);
     let mut stamps = STAMPS..u64::MAX;
     let mut standing: Option<usize> = None;
     while !stop.load(Ordering::Relaxed) {
@@ -50,7 +51,7 @@ pub(crate) fn transfer(guest: &Guest, seed: u64, stop: &AtomicBool) -> Result<()
             thread::sleep(POLL);
             continue;
         };
-        agent.check_claimed(first, &claim)?;
+        agent.check_claimed(&[(first, &claim)])?;
 
         let expected: Vec<_> = (first + 1..first + count).map(|page| guest.ledger.observe(page)).collect();
         let (lease, found) = pin(&mut agent, first, count)?;
@@ -83,7 +84,7 @@ pub(crate) fn transfer(guest: &Guest, seed: u64, stop: &AtomicBool) -> Result<()
 }
 
 /// Translates some pages, the first for writing, and pins what it found.
-fn pin(agent: &mut Agent<'_>, first: usize, count: usize) -> Result<(Lease, Vec<OutputAddr>), Error> {
+fn pin(agent: &mut Walking<'_>, first: usize, count: usize) -> Result<(Lease, Vec<OutputAddr>), Error> {
     let guest = agent.guest;
     let range = guest.guest_range(first, count)?;
     'again: loop {

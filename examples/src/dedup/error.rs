@@ -4,8 +4,13 @@
 use std::{io, path::PathBuf};
 
 use notifier_core::{ChangeError, CloseError, FaultError, Gpa, Hva, LeaseError, OpenError, RangeError, SettleError};
+use notifier_linux::{BuildError, FenceError, RamError};
 
-use super::{images::ImageError, table::TableFault};
+use super::{backend::NoBackend, images::ImageError, table::TableFault};
+use crate::{
+    ksm::{RunError, SmapsError},
+    machine::MachineError,
+};
 
 /// A run that could not be made, or did not come to its end.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +54,36 @@ pub enum Error {
     /// An address outside a mapping was read or written.
     #[error(transparent)]
     Access(#[from] vm_memory::GuestMemoryError),
+    /// The back end that was asked for cannot be had: bad input.
+    #[error(transparent)]
+    Backend(#[from] NoBackend),
+    /// A guest on KVM went wrong.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// A guest on KVM has fewer vCPUs than were asked for.
+    #[error("a guest has fewer than two vCPUs")]
+    NoVcpu,
+    /// RAM cannot be made.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// RAM cannot be changed.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// Writers cannot be made to wait, or let go on.
+    #[error(transparent)]
+    Fence(#[from] FenceError),
+    /// The kernel's own merging could not be run.
+    #[error(transparent)]
+    Ksm(#[from] RunError),
+    /// A guest that stood still reads what it must not.
+    #[error("the guest reads wrong contents at {gpa}")]
+    Damaged {
+        /// The page.
+        gpa: Gpa,
+    },
+    /// The memory of a mapping cannot be measured.
+    #[error(transparent)]
+    Smaps(#[from] SmapsError),
     /// A range cannot exist.
     #[error(transparent)]
     Range(#[from] RangeError),
@@ -109,7 +144,7 @@ impl Error {
     /// The process's exit code: 2 where the input was bad, 1 where the run failed.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Image(_) | Self::PlotPath { .. } => 2,
+            Self::Image(_) | Self::PlotPath { .. } | Self::Backend(_) => 2,
             _ => 1,
         }
     }

@@ -7,18 +7,20 @@ use std::sync::{
 };
 
 use notifier_core::{
-    Access, AddrRange, FaultError, Gpa, GpaRange, Hva, HvaRange, LeasePolicy, ResolveError, Scope, SlotFlags, SlotSpec,
-    Space,
+    Access, AddrRange, DirtySink, FaultError, Gpa, GpaRange, Hva, HvaRange, LeasePolicy, ResolveError, Scope, Space,
+    Walker,
 };
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{
     cli::Safety,
     dirty::DirtyLog,
     error::Error,
+    home::Home,
     images::Images,
     ledger::Ledger,
     mapping::{IsMerged, Mapping, Place, gpa},
-    memory::{Frames, MemoryFile, PAGE},
+    memory::{Frames, PAGE, PageBytes},
     store::Store,
     table::{GuestTable, Installed},
     tally::Tally,
@@ -33,10 +35,10 @@ const BLOCK: usize = 512;
 pub(crate) struct Guest {
     pub(crate) space: Space,
     pub(crate) table: GuestTable,
-    pub(crate) home: Arc<MemoryFile>,
+    pub(crate) home: Home,
     pub(crate) frames: Frames,
     pub(crate) mapping: Mapping,
-    pub(crate) ledger: Ledger,
+    pub(crate) ledger: Arc<Ledger>,
     pub(crate) written: DirtyLog,
     pub(crate) working_set: WorkingSet,
     pub(crate) pace: Pace,
@@ -49,8 +51,9 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// A guest whose RAM holds the images in the order of `layout`.
+    /// A guest whose RAM, made by `home` for so many pages, holds the images in the order of `layout`.
     pub(crate) fn new(
+        home: impl FnOnce(&Space, usize) -> Result<Home, Error>,
         images: &Arc<Images>,
         layout: &[u32],
         store: &Arc<Store>,
@@ -59,22 +62,18 @@ impl Guest {
         pace: Pace,
     ) -> Result<Self, Error> {
         let pages = layout.len();
-        let len = (pages * PAGE) as u64;
-        let home = Arc::new(MemoryFile::new("dedup-guest", len)?);
-        for (page, &image) in layout.iter().enumerate() {
-            home.write((page * PAGE) as u64, images.page(image))?;
-        }
         let written = DirtyLog::new(pages);
         let space = Space::builder().dirty_sink(written.clone()).build();
-        let host = home.host()?;
-        // Writes are tracked page by page, so leaves are pages: merging by pages could not use larger ones.
-        let guest = AddrRange::with_len(gpa(0), len)?;
-        space.add_slot(SlotSpec { guest, host: Some(host), flags: SlotFlags::LOG_DIRTY })?;
+        let home = home(&space, pages)?;
+        for (page, &image) in layout.iter().enumerate() {
+            home.memory().write_slice(images.page(image), GuestAddress((page * PAGE) as u64))?;
+        }
         Ok(Self {
             table: GuestTable::new(&space)?,
-            frames: Frames::new(Arc::clone(&home), Arc::clone(store.file()))?,
+            frames: Frames::new(home.memory().clone(), store.file())?,
+            host: home.host()?,
             mapping: Mapping::new(pages),
-            ledger: Ledger::new(Arc::clone(images), layout),
+            ledger: Arc::new(Ledger::new(Arc::clone(images), layout)),
             written,
             working_set: WorkingSet::new(pages),
             pace,
@@ -83,7 +82,6 @@ impl Guest {
             warm: (0..pages.div_ceil(BLOCK)).map(|_| AtomicBool::new(false)).collect(),
             space,
             home,
-            host,
             safety,
         })
     }
@@ -154,19 +152,72 @@ impl Guest {
     }
 
     /// Gives a merged page its home back, contents and all. Nobody translates the page while it moves.
-    fn unmerge(&self, page: usize) -> Result<(), Error> {
+    pub(crate) fn unmerge(&self, page: usize) -> Result<(), Error> {
         // A device that has the page pinned is asked to let go: the vCPU cannot go on otherwise.
         let window = self.space.window(self.host_range(page, 1)?).leases(LeasePolicy::Cancel).open_zapped()?;
         {
             let mut places = self.mapping.lock(page);
             // Another vCPU may have been here first.
             if let Place::Merged(frame) = self.mapping.place(page) {
-                self.home.write((page * PAGE) as u64, &self.store.contents(frame)?)?;
+                let left = self.home.take_back(&window, page, frame, &self.store)?;
                 places.set(page, Place::Home);
-                self.store.leave(frame)?;
+                // A frame that the host may still show the guest is never filled with anything else.
+                if left {
+                    self.store.leave(frame)?;
+                }
                 self.tally.unmerged.add(1);
+                self.written.dirty(self.guest_range(page, 1)?);
             }
         }
         Ok(window.close()?)
+    }
+
+    /// Somebody waits at the fence of a page: lets it write.
+    pub(crate) fn admit_writer(&self, page: usize) -> Result<(), Error> {
+        if self.mapping.place(page) == Place::Home {
+            // Whoever holds pages that are at home has the lock.
+            let _places = self.mapping.lock(page);
+            if self.mapping.place(page) == Place::Home {
+                return self.home.let_go(page, 1);
+            }
+        }
+        self.unmerge(page)
+    }
+
+    /// Maps pages for those who walk the table before they ask. A window over them is a reason not to.
+    pub(crate) fn prefetch(&self, walker: &mut Walker, first: usize, count: usize) -> Result<(), Error> {
+        let fault = match walker.fault(self.guest_range(first, count)?) {
+            Ok(fault) => fault,
+            Err(FaultError::Retry(_)) => return Ok(()),
+            Err(error) => return Err(Error::Fault(error)),
+        };
+        match fault.resolve(|fault| self.mapping.resolve(fault.range(), first, Access::READ)) {
+            Ok(resolved) => match self.table.install(resolved)? {
+                Installed::Conflict(at) => self.conflict(at),
+                Installed::Mapped | Installed::Lost(_) => Ok(()),
+            },
+            Err(_) => Err(Error::Extent { gpa: gpa(first) }),
+        }
+    }
+
+    /// Maps all of RAM for those who walk the table.
+    pub(crate) fn prefetch_all(&self) -> Result<(), Error> {
+        let mut walker = self.space.walker();
+        (0..self.pages()).step_by(BLOCK).try_for_each(|first| {
+            self.warm[first / BLOCK].store(true, Ordering::Relaxed);
+            self.prefetch(&mut walker, first, BLOCK.min(self.pages() - first))
+        })
+    }
+
+    /// What a page holds, where the host has a mapping that decides that.
+    pub(crate) fn truth(&self, page: usize) -> Result<Option<PageBytes>, Error> {
+        match &self.home {
+            Home::File(_) => Ok(None),
+            Home::Mapped(_) => {
+                let mut bytes = [0; PAGE];
+                self.home.read(page, &mut bytes)?;
+                Ok(Some(bytes))
+            }
+        }
     }
 }

@@ -8,8 +8,14 @@
 use std::{fs::File, io, sync::Arc};
 
 use notifier_core::{Hva, OutputAddr};
-use rustix::fs::{FallocateFlags, MemfdFlags};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use rustix::{
+    fs::{FallocateFlags, MemfdFlags},
+    mm::{MapFlags, ProtFlags},
+};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    mmap::{FromRangesError, MmapRegionBuilder},
+};
 
 use super::error::Error;
 
@@ -20,6 +26,11 @@ pub(crate) const STORE_BASE: u64 = 1 << 40;
 
 /// The bytes of a page.
 pub(crate) type PageBytes = [u8; PAGE];
+
+/// Where the first byte of guest memory is mapped.
+pub(crate) fn host_address(memory: &GuestMemoryMmap<()>) -> Result<Hva, Error> {
+    Ok(Hva::new(memory.get_host_address(GuestAddress(0))? as u64))
+}
 
 /// A memory file and its mapping. All offsets are in bytes.
 #[derive(Debug)]
@@ -43,6 +54,26 @@ impl MemoryFile {
         Ok(Self { file, memory })
     }
 
+    /// The file itself.
+    pub(crate) fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Another mapping of it, that nothing can be written through.
+    pub(crate) fn read_only(&self) -> Result<GuestMemoryMmap<()>, Error> {
+        let size = self.memory.iter().map(|region| region.len()).sum::<u64>() as usize;
+        let build = || -> Result<_, FromRangesError> {
+            let region = MmapRegionBuilder::new(size)
+                .with_file_offset(FileOffset::from_arc(Arc::clone(&self.file), 0))
+                .with_mmap_prot(ProtFlags::READ.bits() as i32)
+                .with_mmap_flags((MapFlags::SHARED | MapFlags::NORESERVE).bits() as i32)
+                .build()?;
+            let region = GuestRegionMmap::new(region, GuestAddress(0)).ok_or(FromRangesError::InvalidGuestRegion)?;
+            Ok(GuestMemoryMmap::from_regions(vec![region])?)
+        };
+        build().map_err(|source| Error::Map { what: "read-only view", source })
+    }
+
     /// Its mapping, as vm-memory has it.
     pub(crate) fn memory(&self) -> &GuestMemoryMmap<()> {
         &self.memory
@@ -50,8 +81,7 @@ impl MemoryFile {
 
     /// Where its first byte is mapped.
     pub(crate) fn host(&self) -> Result<Hva, Error> {
-        let first = self.memory.get_host_address(GuestAddress(0))?;
-        Ok(Hva::new(first as u64))
+        host_address(&self.memory)
     }
 
     pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Error> {
@@ -81,24 +111,25 @@ impl MemoryFile {
 /// Everything that one guest's translations can point at.
 #[derive(Debug)]
 pub(crate) struct Frames {
-    home: Arc<MemoryFile>,
-    store: Arc<MemoryFile>,
+    home: GuestMemoryMmap<()>,
+    /// Frames of the store are never written through a translation.
+    store: GuestMemoryMmap<()>,
     zero: GuestMemoryMmap<()>,
 }
 
 impl Frames {
-    pub(crate) fn new(home: Arc<MemoryFile>, store: Arc<MemoryFile>) -> Result<Self, Error> {
+    pub(crate) fn new(home: GuestMemoryMmap<()>, store: &MemoryFile) -> Result<Self, Error> {
         let zero = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), PAGE)])
             .map_err(|source| Error::Map { what: "zero frame", source })?;
-        Ok(Self { home, store, zero })
+        Ok(Self { home, store: store.read_only()?, zero })
     }
 
     /// Which memory an output address is in, and where.
     fn place(&self, at: OutputAddr) -> (&GuestMemoryMmap<()>, GuestAddress) {
         match at.as_u64().checked_sub(STORE_BASE) {
-            None => (self.home.memory(), GuestAddress(at.as_u64())),
+            None => (&self.home, GuestAddress(at.as_u64())),
             Some(offset) if offset < PAGE as u64 => (&self.zero, GuestAddress(offset)),
-            Some(offset) => (self.store.memory(), GuestAddress(offset - PAGE as u64)),
+            Some(offset) => (&self.store, GuestAddress(offset - PAGE as u64)),
         }
     }
 
@@ -136,9 +167,9 @@ mod tests {
 
     #[test]
     fn output_addresses_lead_to_home_store_and_zero() {
-        let home = Arc::new(MemoryFile::new("home", PAGE as u64).unwrap());
-        let store = Arc::new(MemoryFile::new("store", PAGE as u64).unwrap());
-        let frames = Frames::new(Arc::clone(&home), Arc::clone(&store)).unwrap();
+        let home = MemoryFile::new("home", PAGE as u64).unwrap();
+        let store = MemoryFile::new("store", PAGE as u64).unwrap();
+        let frames = Frames::new(home.memory().clone(), &store).unwrap();
         home.write(8, &[1]).unwrap();
         store.write(8, &[2]).unwrap();
         let read = |at| {

@@ -25,13 +25,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use notifier_core::{Change, DirtySink, Hva, InvalidationGuard, OpenError, Outcome, Retained, WindowAddress};
+use notifier_core::{
+    Change, DirtySink, Hva, InvalidationGuard, OpenError, Outcome, Retained, WindowAddress, WindowMode,
+};
 
 use super::{
     cli::{MergeMode, Safety},
+    clock::thread_cpu,
     error::Error,
     guest::Guest,
-    mapping::{GROUP, Place, gpa, home},
+    home::Home,
+    mapped::Merge,
+    mapping::{GROUP, Place, Places, gpa, home},
     memory::PAGE,
     report::Sample,
     store::{Frame, Store, fingerprint},
@@ -78,6 +83,9 @@ pub(crate) struct Merger<'j> {
     /// Pages merged for the first time, this pass.
     new: u64,
     samples: Vec<Sample>,
+    /// Saved pages at which the time is taken, and when that was.
+    mark: u64,
+    marked: Option<(Instant, Duration)>,
 }
 
 impl<'j> Merger<'j> {
@@ -97,6 +105,28 @@ impl<'j> Merger<'j> {
             known: guests.iter().map(|guest| vec![false; guest.pages()]).collect(),
             new: 0,
             samples: Vec::new(),
+            mark: u64::MAX,
+            marked: None,
+        }
+    }
+
+    /// When as many pages are saved, the time is taken.
+    pub(crate) fn mark(&mut self, saved: u64) {
+        self.mark = saved;
+    }
+
+    /// When that was, and what processor time this thread had used by then.
+    pub(crate) fn marked(&self) -> Option<(Instant, Duration)> {
+        self.marked
+    }
+
+    /// Makes passes until one merges nothing.
+    pub(crate) fn until_quiet(&mut self, stop: &AtomicBool) -> Result<(), Error> {
+        loop {
+            self.pass(stop)?;
+            if self.new == 0 {
+                return Ok(());
+            }
         }
     }
 
@@ -153,7 +183,7 @@ impl<'j> Merger<'j> {
                 break;
             }
             if guest.mapping.place(page) == Place::Home && !guest.written.take(page) {
-                guest.home.read((page * PAGE) as u64, &mut bytes)?;
+                guest.home.read(page, &mut bytes)?;
                 found.push((page, fingerprint(&bytes)));
             }
         }
@@ -204,11 +234,21 @@ impl<'j> Merger<'j> {
                     }
                 }
             }
-            // What another one writes: no window at all. The tables still lead to the home that is given back.
+            // What another one writes: no window at all. The tables still lead to the home that is given back. (Behind a
+            // mapping a translation to the home stays good. There it is the un-merges that nobody is told of.)
+            Safety::NoNotify if matches!(self.guests[0].home, Home::Mapped(_)) => {
+                for batch in batches {
+                    if self.merge(batch, None)? == Done::InTheWay {
+                        in_the_way.push(batch);
+                    }
+                }
+            }
             Safety::NoNotify => {
                 for batch in batches {
                     let frames = self.compare(batch)?;
-                    self.repoint_host(batch, &frames, |_| true)?;
+                    let moved: Vec<bool> = frames.iter().map(Option::is_some).collect();
+                    let mut places = self.guests[batch.guest].mapping.lock(batch.first);
+                    self.move_pages(batch, &frames, &moved, &mut places)?;
                 }
             }
         }
@@ -221,11 +261,13 @@ impl<'j> Merger<'j> {
         let guest = &self.guests[batch.guest];
         let mut bytes = [0; PAGE];
         let mut frames = Vec::with_capacity(batch.fingerprints.len());
+        let mut after = None;
         for (page, &expected) in (batch.first..).zip(&batch.fingerprints) {
             // Only the merger merges, and what is at home stays there until it does.
-            guest.home.read((page * PAGE) as u64, &mut bytes)?;
+            guest.home.read(page, &mut bytes)?;
             if fingerprint(&bytes) == expected && guest.mapping.place(page) == Place::Home {
-                frames.push(Some(self.store.share(&bytes)?));
+                after = Some(self.store.share(&bytes, after)?);
+                frames.push(after);
             } else {
                 self.tally.differed.add(1);
                 frames.push(None);
@@ -238,35 +280,90 @@ impl<'j> Merger<'j> {
     fn merge(&mut self, batch: &Batch, compared: Option<Vec<Option<Frame>>>) -> Result<Done, Error> {
         let guest = &self.guests[batch.guest];
         let range = guest.host_range(batch.first, batch.fingerprints.len())?;
-        let (done, frames) = match self.mode {
+        let before = self.raw_entries(batch);
+        match self.mode {
             MergeMode::Change => match in_the_way(guest.space.retain(range))? {
-                None => (Done::InTheWay, compared),
-                Some(window) => {
-                    let frames = compared.map_or_else(|| self.compare(batch), Ok)?;
-                    let changed = self.change(batch, &frames, &window)?;
-                    self.repoint_host(batch, &frames, |index| changed[index])?;
-                    window.close()?;
-                    return Ok(Done::Merged);
-                }
+                None => self.put_off(compared),
+                Some(window) => self.merge_inside(batch, compared, window, Self::change),
             },
-            MergeMode::Zap => {
-                let before = self.raw_entries(batch);
-                match in_the_way(guest.space.zap(range))? {
-                    None => (Done::InTheWay, compared),
-                    Some(window) => {
-                        let frames = compared.map_or_else(|| self.compare(batch), Ok)?;
-                        self.tally.zapped.add(frames.iter().flatten().count() as u64);
-                        self.sample(batch, &before, |index| frames[index].is_some());
-                        self.repoint_host(batch, &frames, |_| true)?;
-                        window.close()?;
-                        return Ok(Done::Merged);
-                    }
-                }
+            MergeMode::Zap => match in_the_way(guest.space.zap(range))? {
+                None => self.put_off(compared),
+                Some(window) => self.merge_inside(batch, compared, window, |merger, batch, frames, _| {
+                    merger.tally.zapped.add(frames.iter().flatten().count() as u64);
+                    merger.sample(batch, &before, |index| frames[index].is_some());
+                    Ok(frames.iter().map(Option::is_some).collect())
+                }),
+            },
+        }
+    }
+
+    /// The window did not open; nobody points at what was found before.
+    fn put_off(&self, compared: Option<Vec<Option<Frame>>>) -> Result<Done, Error> {
+        compared.iter().flatten().flatten().try_for_each(|&frame| self.store.leave(frame))?;
+        Ok(Done::InTheWay)
+    }
+
+    /// Merges a batch: nobody writes, equal pages are found, tables follow.
+    fn merge_inside<'w, M: WindowMode>(
+        &mut self,
+        batch: &Batch,
+        compared: Option<Vec<Option<Frame>>>,
+        window: InvalidationGuard<'w, M, Hva>,
+        repoint: impl FnOnce(
+            &mut Self,
+            &Batch,
+            &[Option<Frame>],
+            &InvalidationGuard<'w, M, Hva>,
+        ) -> Result<Vec<bool>, Error>,
+    ) -> Result<Done, Error> {
+        let guest = &self.guests[batch.guest];
+        let (first, count) = (batch.first, batch.fingerprints.len());
+        let mut places = guest.mapping.lock(first);
+        let mut frames = match compared {
+            Some(frames) => frames,
+            None => {
+                guest.home.hold(first, count)?;
+                self.compare(batch)?
             }
         };
-        // The window did not open; nobody points at what was found before.
-        frames.iter().flatten().flatten().try_for_each(|&frame| self.store.leave(frame))?;
-        Ok(done)
+        if self.mode == MergeMode::Change && matches!(guest.home, Home::Mapped(_)) {
+            // Here the host's mapping changes first, so that what no table translates has to be left out before.
+            for (page, frame) in (first..).zip(&mut frames) {
+                if let Some(found) = frame.take_if(|_| !guest.table.translates(gpa(page))) {
+                    self.store.leave(found)?;
+                    self.tally.absent.add(1);
+                }
+            }
+        }
+        let covered = guest.home.cover(&window, first, &frames)?;
+        for (frame, covered) in frames.iter_mut().zip(covered) {
+            match (covered, frame.take_if(|_| covered != Merge::Merged)) {
+                (Merge::Home, Some(frame)) => {
+                    self.store.leave(frame)?;
+                    self.tally.differed.add(1);
+                }
+                // A sharer for ever: what the host may still show is not filled with anything else.
+                (Merge::Stuck, _) => self.tally.stuck.add(1),
+                _ => {}
+            }
+        }
+        let repointed = repoint(self, batch, &frames, &window)?;
+        // Behind a mapping, the page shows its frame whether it was in a table or not.
+        let moved: Vec<bool> = match guest.home {
+            Home::File(_) => repointed,
+            Home::Mapped(_) => frames.iter().map(Option::is_some).collect(),
+        };
+        self.move_pages(batch, &frames, &moved, &mut places)?;
+        guest.home.settle(first, &moved)?;
+        drop(places);
+        window.close()?;
+        if self.mark != u64::MAX && self.marked.is_none() {
+            let saved = self.tally.merged.get() - self.tally.unmerged.get();
+            if saved.saturating_sub(self.store.in_use()) >= self.mark {
+                self.marked = Some((Instant::now(), thread_cpu()));
+            }
+        }
+        Ok(Done::Merged)
     }
 
     /// Repoints the guest's translations of a batch, inside its window. Whether each page now leads to its frame.
@@ -293,7 +390,7 @@ impl<'j> Merger<'j> {
             match outcome.outcome {
                 Outcome::Changed => changed[index] = true,
                 Outcome::Absent => self.tally.absent.add(1),
-                // It had to be removed; the next fault finds it at home.
+                // It had to be removed; the next fault finds where it is.
                 Outcome::Zapped => {}
             }
         }
@@ -305,38 +402,37 @@ impl<'j> Merger<'j> {
         Ok(changed)
     }
 
-    /// Moves pages to their frames in the mapping, and gives their homes back to the host. Pages that `moved` does not
-    /// want leave their frames.
-    fn repoint_host(
+    /// Moves pages to their frames in the mapping, and gives their homes back to the host. Pages that are not to move
+    /// leave their frames.
+    fn move_pages(
         &mut self,
         batch: &Batch,
         frames: &[Option<Frame>],
-        moved: impl Fn(usize) -> bool,
+        moved: &[bool],
+        places: &mut Places<'_>,
     ) -> Result<(), Error> {
         let guest = &self.guests[batch.guest];
-        let mut places = guest.mapping.lock(batch.first);
-        // Neighbours' homes are punched with one call.
-        let mut run: Option<(usize, usize)> = None;
-        let punch = |(first, count): (usize, usize)| guest.home.punch((first * PAGE) as u64, (count * PAGE) as u64);
         for (index, frame) in frames.iter().enumerate() {
             let (page, Some(frame)) = (batch.first + index, *frame) else { continue };
-            if !moved(index) {
+            if !moved[index] {
                 self.store.leave(frame)?;
                 continue;
             }
             places.set(page, Place::Merged(frame));
-            run = match run {
-                Some((first, count)) if first + count == page => Some((first, count + 1)),
-                other => {
-                    other.map_or(Ok(()), punch)?;
-                    Some((page, 1))
-                }
-            };
             self.tally.merged.add(1);
             let known = &mut self.known[batch.guest][page];
             self.new += u64::from(!std::mem::replace(known, true));
         }
-        run.map_or(Ok(()), punch)
+        // Neighbours' homes are given back with one call.
+        let mut index = 0;
+        while index < moved.len() {
+            let run = moved[index..].iter().take_while(|&&moved| moved).count();
+            if run != 0 {
+                guest.home.give(batch.first + index, run)?;
+            }
+            index += run + 1;
+        }
+        Ok(())
     }
 
     /// The raw entries of a batch, while samples are wanted.
@@ -356,7 +452,7 @@ impl<'j> Merger<'j> {
 }
 
 /// A window, or `None` where a lease or another window is in the way for now.
-fn in_the_way<M: notifier_core::WindowMode, A: WindowAddress>(
+fn in_the_way<M: WindowMode, A: WindowAddress>(
     opened: Result<InvalidationGuard<'_, M, A>, OpenError>,
 ) -> Result<Option<InvalidationGuard<'_, M, A>>, Error> {
     match opened {

@@ -19,6 +19,7 @@
 //! `--unsafe-no-fence` and `--unsafe-no-notify` are what becomes of guests when it is broken.
 
 mod access;
+mod backend;
 mod cli;
 mod clock;
 mod damage;
@@ -26,22 +27,28 @@ mod device;
 mod dirty;
 mod error;
 mod guest;
+mod home;
 mod images;
 mod job;
 mod ledger;
+mod mapped;
 mod mapping;
 mod memory;
 mod merger;
+mod native;
 mod plot;
 mod progress;
+mod quiet;
 mod report;
 mod store;
 mod table;
 mod tally;
 mod vcpu;
 
+pub use backend::NoBackend;
 pub use cli::{Backend, MergeMode, Options, Safety, UsageError};
 pub use error::Error;
 pub use images::ImageError;
-pub use job::run;
+pub use job::{run, run_on};
+pub use quiet::{Quiet, Ram, merge_quietly, merge_with_ksm};
 pub use report::{Report, Sample};

@@ -86,6 +86,12 @@ pub struct Report {
     pub merger_cpu_ms: u64,
     /// Eight raw entries before and after their change.
     pub samples: Vec<Sample>,
+    /// How often KVM came back from running a vCPU; on KVM only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kvm_exits: Option<u64>,
+    /// Page faults of guests that KVM answered by itself, by its own count; on KVM only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kvm_page_faults: Option<u64>,
     /// What only the table says.
     #[serde(skip)]
     pub(crate) details: Details,
@@ -95,7 +101,9 @@ pub struct Report {
 #[derive(Debug, Clone)]
 pub(crate) struct Details {
     pub(crate) safety: Safety,
-    pub(crate) auto: bool,
+    pub(crate) kvm: bool,
+    /// Why this back end, where that was left open.
+    pub(crate) why: Option<String>,
     pub(crate) mem: u64,
     pub(crate) files: usize,
     pub(crate) times: usize,
@@ -104,6 +112,9 @@ pub(crate) struct Details {
     pub(crate) faults: u64,
     pub(crate) absent: u64,
     pub(crate) differed: u64,
+    pub(crate) no_mapping: u64,
+    pub(crate) host_failures: u64,
+    pub(crate) stuck: u64,
     pub(crate) merged_now: u64,
     pub(crate) frames: u64,
     pub(crate) checks: u64,
@@ -159,12 +170,16 @@ impl fmt::Display for Report {
         let merger = match d.safety {
             Safety::Safe => "safe",
             Safety::NoFence => "unsafe: compares before the window opens",
+            Safety::NoNotify if d.kvm => "unsafe: tells devices of no un-merge",
             Safety::NoNotify => "unsafe: gives memory back with no window",
         };
-        let backend = if d.auto { format!("{} (auto)", self.backend) } else { self.backend.into() };
+        let backend = match &d.why {
+            Some(why) => format!("{} ({why})", self.backend),
+            None => self.backend.into(),
+        };
         let times = if d.times > 1 { format!(", used {} times, varied", d.times) } else { String::new() };
         let ms = |ms: u64| format!("{:.2} s", ms as f64 / 1000.0);
-        let rows = [
+        let mut rows = vec![
             ("back end, mode", format!("{backend}, {}", self.mode)),
             ("merger", merger.into()),
             ("guests", format!("{} of {}, {} files{times}", self.guests, mib(d.mem), d.files)),
@@ -188,6 +203,13 @@ impl fmt::Display for Report {
                 format!("{}, {}, {}", ms(self.elapsed_ms), ms(self.cpu_ms), ms(self.merger_cpu_ms)),
             ),
         ];
+        if d.kvm {
+            let faults = self.kvm_page_faults.map_or("not counted".into(), |faults| faults.to_string());
+            let exits = self.kvm_exits.unwrap_or_default();
+            rows.push(("KVM: exits, page faults", format!("{exits}, {faults}")));
+            let [failures, mappings, stuck] = [d.host_failures, d.no_mapping, d.stuck];
+            rows.push(("host: failures, no mapping, stuck", format!("{failures}, {mappings}, {stuck}")));
+        }
         let mut table = Table::new();
         table.load_preset(presets::UTF8_BORDERS_ONLY);
         for (name, value) in rows {

@@ -3,9 +3,16 @@
 //!
 //! A frame is filled once, before anybody shares it, and never written again while anybody does. Whoever lets a page point
 //! at a frame is a sharer; the frame of the last sharer to leave is empty again, and its memory given back. Frame 0 is
-//! the zero frame: it is always there, and costs nothing.
+//! the zero frame: it is always there, and costs nothing. (Where frames are mapped into guests it is not used: the host
+//! would need a mapping for each page that shares it, for neighbours could not be one.)
+//!
+//! Neighbours in guests get neighbouring frames where that is possible: runs of them are mapped with one call and
+//! need one mapping.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use notifier_core::OutputAddr;
 use parking_lot::Mutex;
@@ -22,7 +29,7 @@ pub(crate) fn fingerprint(bytes: &PageBytes) -> u64 {
 }
 
 /// A frame of the store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Frame(pub(crate) u32);
 
 impl Frame {
@@ -34,7 +41,7 @@ impl Frame {
     }
 
     /// Where it lies in the store's file, which has no place for the zero frame.
-    fn offset(self) -> u64 {
+    pub(crate) fn offset(self) -> u64 {
         (u64::from(self.0) - 1) * PAGE as u64
     }
 }
@@ -49,7 +56,7 @@ struct Use {
 struct Shelf {
     /// By frame; the zero frame's entry is not used.
     uses: Vec<Use>,
-    empty: Vec<Frame>,
+    empty: BTreeSet<Frame>,
     by_contents: HashMap<u64, Vec<Frame>>,
 }
 
@@ -58,16 +65,18 @@ struct Shelf {
 pub(crate) struct Store {
     file: Arc<MemoryFile>,
     capacity: u32,
-    zero: u64,
+    /// The fingerprint of zeros, where the zero frame is used.
+    zero: Option<u64>,
     shelf: Mutex<Shelf>,
 }
 
 impl Store {
-    /// A store with room for `capacity` frames, the zero frame not counted.
-    pub(crate) fn new(capacity: u32) -> Result<Self, Error> {
+    /// A store with room for `capacity` frames, the zero frame not counted; and whether that is used.
+    pub(crate) fn new(capacity: u32, zero_frame: bool) -> Result<Self, Error> {
         let file = Arc::new(MemoryFile::new("dedup-store", u64::from(capacity) * PAGE as u64)?);
         let shelf = Shelf { uses: vec![Use::default()], ..Shelf::default() };
-        Ok(Self { file, capacity, zero: fingerprint(&[0; PAGE]), shelf: Mutex::new(shelf) })
+        let zero = zero_frame.then(|| fingerprint(&[0; PAGE]));
+        Ok(Self { file, capacity, zero, shelf: Mutex::new(shelf) })
     }
 
     pub(crate) fn file(&self) -> &Arc<MemoryFile> {
@@ -76,13 +85,14 @@ impl Store {
 
     /// Whether there is a frame that contents with this fingerprint may be equal to.
     pub(crate) fn has(&self, fingerprint: u64) -> bool {
-        fingerprint == self.zero || self.shelf.lock().by_contents.contains_key(&fingerprint)
+        Some(fingerprint) == self.zero || self.shelf.lock().by_contents.contains_key(&fingerprint)
     }
 
-    /// Finds or fills the frame with exactly these contents; the caller is a sharer of it now.
-    pub(crate) fn share(&self, bytes: &PageBytes) -> Result<Frame, Error> {
+    /// Finds or fills the frame with exactly these contents; the caller is a sharer of it now. A new one is the neighbour
+    /// of `after` if it can be.
+    pub(crate) fn share(&self, bytes: &PageBytes, after: Option<Frame>) -> Result<Frame, Error> {
         let fingerprint = fingerprint(bytes);
-        if fingerprint == self.zero && bytes.iter().all(|&byte| byte == 0) {
+        if Some(fingerprint) == self.zero && bytes.iter().all(|&byte| byte == 0) {
             return Ok(Frame::ZERO);
         }
         let mut shelf = self.shelf.lock();
@@ -94,16 +104,19 @@ impl Store {
                 return Ok(frame);
             }
         }
-        let frame = match shelf.empty.pop() {
-            Some(frame) => frame,
-            None if shelf.uses.len() as u32 <= self.capacity => {
-                shelf.uses.push(Use::default());
-                Frame(shelf.uses.len() as u32 - 1)
-            }
-            None => return Err(Error::StoreFull),
+        let untouched = Frame(shelf.uses.len() as u32);
+        let untouched = (untouched.0 <= self.capacity).then_some(untouched);
+        let neighbour = after.map(|Frame(after)| Frame(after + 1));
+        let frame = match neighbour {
+            Some(next) if shelf.empty.remove(&next) => next,
+            // Untouched ones first: what is empty grows together meanwhile.
+            _ => untouched.or_else(|| shelf.empty.pop_first()).ok_or(Error::StoreFull)?,
         };
+        if Some(frame) == untouched {
+            shelf.uses.push(Use::default());
+        }
         if let Err(error) = self.file.write(frame.offset(), bytes) {
-            shelf.empty.push(frame);
+            shelf.empty.insert(frame);
             return Err(error);
         }
         shelf.uses[frame.0 as usize] = Use { sharers: 1, fingerprint };
@@ -140,7 +153,7 @@ impl Store {
         }
         // Empty before it can be filled again: the hole must not swallow new contents.
         self.file.punch(frame.offset(), PAGE as u64)?;
-        shelf.empty.push(frame);
+        shelf.empty.insert(frame);
         Ok(())
     }
 
@@ -157,23 +170,41 @@ mod tests {
 
     #[test]
     fn equal_contents_share_a_frame_until_the_last_sharer_leaves() {
-        let store = Store::new(2).unwrap();
-        let (one, two) = (store.share(&[1; PAGE]).unwrap(), store.share(&[2; PAGE]).unwrap());
+        let store = Store::new(2, true).unwrap();
+        let (one, two) = (store.share(&[1; PAGE], None).unwrap(), store.share(&[2; PAGE], None).unwrap());
         assert_ne!(one, two);
-        assert_eq!(store.share(&[1; PAGE]).unwrap(), one);
-        assert!(matches!(store.share(&[3; PAGE]), Err(Error::StoreFull)));
+        assert_eq!(store.share(&[1; PAGE], None).unwrap(), one);
+        assert!(matches!(store.share(&[3; PAGE], None), Err(Error::StoreFull)));
         store.leave(one).unwrap();
         assert_eq!((store.in_use(), store.contents(one).unwrap()), (2, [1; PAGE]));
         store.leave(one).unwrap();
         assert_eq!((store.in_use(), store.file().resident().unwrap()), (1, PAGE as u64));
         assert!(!store.has(fingerprint(&[1; PAGE])));
-        assert_eq!(store.share(&[3; PAGE]).unwrap(), one);
+        assert_eq!(store.share(&[3; PAGE], None).unwrap(), one);
+    }
+
+    #[test]
+    fn neighbours_get_neighbouring_frames() {
+        let store = Store::new(8, false).unwrap();
+        let mut after = None;
+        let frames: Vec<Frame> = (0..6u8)
+            .map(|fill| {
+                after = Some(store.share(&[fill; PAGE], after).unwrap());
+                after.unwrap()
+            })
+            .collect();
+        assert!(frames.windows(2).all(|pair| pair[1].0 == pair[0].0 + 1), "{frames:?}");
+        // Two that are empty again: the one that follows is taken, though others were never used.
+        store.leave(frames[1]).unwrap();
+        store.leave(frames[4]).unwrap();
+        assert_eq!(store.share(&[77; PAGE], Some(frames[3])).unwrap(), frames[4]);
+        assert!(store.share(&[78; PAGE], Some(frames[3])).unwrap() > frames[5]);
     }
 
     #[test]
     fn zero_pages_need_no_frame() {
-        let store = Store::new(1).unwrap();
-        assert_eq!(store.share(&[0; PAGE]).unwrap(), Frame::ZERO);
+        let store = Store::new(1, true).unwrap();
+        assert_eq!(store.share(&[0; PAGE], None).unwrap(), Frame::ZERO);
         assert!(store.has(fingerprint(&[0; PAGE])));
         assert_eq!((store.in_use(), store.file().resident().unwrap()), (0, 0));
         store.leave(Frame::ZERO).unwrap();

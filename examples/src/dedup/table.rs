@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use notifier_core::{Access, Gpa, GpaRange, JoinError, OutputAddr, Resolved, Retry, Scope, Space, Subscription};
-use spte_core::{Format, HarvestError, HeapPages, MapError, MapOptions, Miss, Table, TableError};
+use spte_core::{Format, HarvestError, HeapPages, MapError, MapOptions, Miss, Table, TableError, format::Kind};
 use spte_x86::{Ept, EptOptions, OptionsError};
 
 /// What a table refused.
@@ -103,6 +103,11 @@ impl GuestTable {
     pub(crate) fn entry(&self, gpa: Gpa) -> Option<RawEntry> {
         let found = self.table.entry(gpa)?;
         Some(RawEntry { level: self.table.format().level_number(found.level), raw: found.raw })
+    }
+
+    /// Whether there is a translation of `gpa`, to wherever.
+    pub(crate) fn translates(&self, gpa: Gpa) -> bool {
+        self.table.entry(gpa).is_some_and(|found| found.kind == Kind::Leaf)
     }
 
     /// What was written since this was asked last.

@@ -34,6 +34,12 @@ pub(crate) struct Tally {
     pub(crate) zapped: Count,
     /// Read faults on pages that were merged and not yet un-merged.
     pub(crate) refaults: Count,
+    /// Calls of the host that failed, and were made up for.
+    pub(crate) host_failures: Count,
+    /// Batches, or parts of them, left for a later pass because the process has as many mappings as it may have.
+    pub(crate) no_mapping: Count,
+    /// Frames that are never filled again, because the host may still show them.
+    pub(crate) stuck: Count,
     /// Passes over all guests.
     pub(crate) passes: Count,
     /// Whole pages that were read and compared with the ledger.

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! vCPUs: one reads, one writes.
+//! What vCPUs do: one reads, one writes. How they reach memory is their [`Agent`]'s business.
 
 use std::{
     collections::VecDeque,
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -11,13 +14,19 @@ use std::{
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{access::Agent, error::Error, guest::Guest, ledger::Stamp};
+use super::{
+    access::Agent,
+    damage::{Checking, Stamping},
+    error::Error,
+    ledger::Stamp,
+};
 
 /// Pages touched between two rests. Agents are many and processors few: one that was scheduled away inside a scope holds
 /// every window up, so nobody is to need its whole time slice.
 const BURST: usize = 24;
 const READER_REST: Duration = Duration::from_micros(300);
-const WRITER_REST: Duration = Duration::from_millis(2);
+/// Between two bursts of a writing vCPU.
+pub(crate) const WRITER_REST: Duration = Duration::from_millis(2);
 /// How long a change stays before the old contents are put back.
 const HOLD: std::ops::Range<u64> = 500..8_000;
 /// Uses after which the working set is another.
@@ -67,27 +76,32 @@ impl Pace {
 }
 
 /// Checks whole pages: all of RAM once, in order, and then here and there.
-pub(crate) fn read(guest: &Guest, seed: u64, stop: &AtomicBool) -> Result<(), Error> {
+pub(crate) fn read(agent: &mut impl Agent, seed: u64, stop: &AtomicBool) -> Result<(), Error> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut agent = Agent::new(guest);
-    let mut sweep = 0..guest.pages();
+    let mut sweep = 0..agent.guest().pages();
     while !stop.load(Ordering::Relaxed) {
-        for _ in 0..BURST {
-            let page = sweep.next().unwrap_or_else(|| guest.working_set.pick(&mut rng));
-            agent.check(page)?;
-        }
-        guest.pace.rest(READER_REST);
+        let next = |_| sweep.next().unwrap_or_else(|| agent.guest().working_set.pick(&mut rng));
+        let pages: Vec<usize> = (0..BURST).map(next).collect();
+        agent.check(&pages)?;
+        agent.guest().pace.rest(READER_REST);
     }
     Ok(())
 }
 
-/// Changes pages, and puts the old contents back after a while. Looks at a page before each change of it.
-pub(crate) fn write(guest: &Guest, seed: u64, stop: &AtomicBool) -> Result<(), Error> {
+/// Changes pages, and puts the old contents back after a while. Looks at a page before each change of it. `stamps` are
+/// this agent's own.
+pub(crate) fn write(
+    agent: &mut impl Agent,
+    seed: u64,
+    mut stamps: std::ops::Range<u64>,
+    rest: Duration,
+    stop: &AtomicBool,
+) -> Result<(), Error> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut agent = Agent::new(guest);
     let mut standing: VecDeque<(Instant, usize)> = VecDeque::new();
-    let mut stamps = 1..u64::MAX;
+    let ledger = Arc::clone(&agent.guest().ledger);
     while !stop.load(Ordering::Relaxed) {
+        let mut stampings: Vec<Stamping<'_>> = Vec::with_capacity(BURST);
         for _ in 0..BURST {
             let (page, stamp) = match standing.front() {
                 Some(&(due, page)) if due <= Instant::now() => {
@@ -95,27 +109,25 @@ pub(crate) fn write(guest: &Guest, seed: u64, stop: &AtomicBool) -> Result<(), E
                     (page, Stamp::NONE)
                 }
                 _ if standing.len() < STANDING => {
-                    (guest.working_set.pick(&mut rng), stamps.next().map_or(Stamp::NONE, Stamp))
+                    (agent.guest().working_set.pick(&mut rng), stamps.next().map_or(Stamp::NONE, Stamp))
                 }
                 _ => break,
             };
             let due = Instant::now() + Duration::from_micros(rng.random_range(HOLD));
-            let claim = match guest.ledger.claim(page) {
-                Some(claim) => claim,
-                // A device has it.
-                None if stamp == Stamp::NONE => {
-                    standing.push_back((due, page));
-                    continue;
+            match ledger.claim(page) {
+                Some(claim) => {
+                    if stamp != Stamp::NONE {
+                        standing.push_back((due, page));
+                    }
+                    stampings.push(Stamping { page, claim, stamp });
                 }
-                None => continue,
-            };
-            agent.check_claimed(page, &claim)?;
-            agent.stamp(page, claim, stamp)?;
-            if stamp != Stamp::NONE {
-                standing.push_back((due, page));
+                // Somebody else has it, or this burst has it already.
+                None if stamp == Stamp::NONE => standing.push_back((due, page)),
+                None => {}
             }
         }
-        guest.pace.rest(WRITER_REST);
+        agent.stamp(stampings)?;
+        agent.guest().pace.rest(rest);
     }
     Ok(())
 }

@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! RAM that vCPUs and the VMM reach through a mapping in this process; merged pages are the store's, mapped over it.
+//!
+//! What keeps writes from getting lost, and devices from reading what is old:
+//!
+//! - Before pages are compared, the *fence* is armed over them: who writes them waits. It stays armed over what is merged.
+//! - A frame is mapped privately: should anybody write all the same, the kernel copies, and the frame stays as it is.
+//! - Mapping over a page takes the fence from it for a moment. So it is looked at again under the new fence: a page that
+//!   the kernel has copied meanwhile is not merged, but at home in its copy.
+//! - Whoever waits is let in when the page is un-merged: tables are zapped, the fence is lifted, the kernel is made to
+//!   copy, and only then the frame may be used for something else.
+//!
+//! The thread that lets writers in opens windows, and a window waits for scopes. So nobody may wait at the fence inside a
+//! scope. Nobody does: in a scope a page is written through a translation that says it may be, and over a fenced page
+//! there is none. (The fence is armed inside a window, which took the right to write away from all tables, and stays
+//! armed over merged pages only, which no table may write.)
+
+use std::{sync::Arc, time::Duration};
+
+use notifier_core::{AddrRange, GpaRange, Hva, HvaRange, InvalidationGuard, SlotFlags, Space, WindowMode, Zapped};
+use notifier_linux::{FenceError, GuestRam, Kernel, PageMap, RamError, Source, Waiter, WriteFence};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::{
+    cli::Safety,
+    error::Error,
+    mapping::gpa,
+    memory::{MemoryFile, PAGE, host_address},
+    store::Frame,
+    tally::Tally,
+};
+use crate::ksm::{Paths, Sums};
+
+/// What became of a page that was to be merged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Merge {
+    /// It had no frame.
+    NotAsked,
+    /// It shows the frame.
+    Merged,
+    /// It is at home, and the frame is not shown to anybody on its account.
+    Home,
+    /// It is at home, but the kernel may still show the frame there until it is written: the frame is to stay as it is.
+    Stuck,
+}
+
+/// What a guest's RAM is to be made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RamKind {
+    /// Private anonymous memory.
+    Anonymous,
+    /// A memory file, shared.
+    SharedFile,
+}
+
+/// How often a call of the host that failed is made again at once.
+const ATTEMPTS: usize = 3;
+/// How long the thread that lets writers in waits before it looks whether it is to stop.
+const NAP: Duration = Duration::from_millis(100);
+
+/// A guest's RAM, its fence, and the store that is mapped over it.
+#[derive(Debug)]
+pub(crate) struct Mapped {
+    ram: GuestRam,
+    /// What the RAM is a mapping of.
+    file: Option<MemoryFile>,
+    fence: WriteFence,
+    store: Arc<MemoryFile>,
+    kernel: Kernel,
+    host: HvaRange,
+    /// Merged pages are fenced.
+    watched: bool,
+    tally: Arc<Tally>,
+}
+
+impl Mapped {
+    /// RAM of so many pages and its slot, on what the store's frames can be mapped over.
+    pub(crate) fn new(
+        space: &Space,
+        pages: usize,
+        kind: RamKind,
+        store: &Arc<MemoryFile>,
+        kernel: &Kernel,
+        safety: Safety,
+        tally: &Arc<Tally>,
+    ) -> Result<Self, Error> {
+        let len = pages * PAGE;
+        let file = match kind {
+            RamKind::Anonymous => None,
+            RamKind::SharedFile => Some(MemoryFile::new("dedup-ram", len as u64)?),
+        };
+        let memory = match &file {
+            None => GuestMemoryMmap::from_ranges(&[(GuestAddress(0), len)])
+                .map_err(|source| Error::Map { what: "RAM", source })?,
+            Some(file) => file.memory().clone(),
+        };
+        let host = AddrRange::with_len(host_address(&memory)?, len as u64)?;
+        let ram = GuestRam::builder(space, memory).slot_flags(SlotFlags::LOG_DIRTY).kernel(kernel.clone()).build()?;
+        // A huge page is given back when all of it is merged, and merging goes by pages.
+        ram.no_huge_pages()?;
+        let fence = WriteFence::new(kernel, &[host])?;
+        Ok(Self {
+            ram,
+            file,
+            fence,
+            store: Arc::clone(store),
+            kernel: kernel.clone(),
+            host,
+            watched: safety != Safety::NoNotify,
+            tally: Arc::clone(tally),
+        })
+    }
+
+    pub(crate) fn memory(&self) -> &GuestMemoryMmap<()> {
+        self.ram.memory()
+    }
+
+    /// Bytes of private memory, copies of frames included, and of the RAM's own file.
+    pub(crate) fn resident(&self) -> Result<u64, Error> {
+        let private = Sums::of(&Paths::system(), &[self.host])?.anonymous;
+        let file = self.file.as_ref().map_or(Ok(0), MemoryFile::resident)?;
+        Ok(private + file)
+    }
+
+    /// Makes a call of the host, again if it fails: what failed once may succeed, and nobody is to suffer for it.
+    fn attempt<R, E>(&self, mut call: impl FnMut() -> Result<R, E>) -> Result<R, E> {
+        for _ in 1..ATTEMPTS {
+            match call() {
+                Ok(done) => return Ok(done),
+                Err(_) => self.tally.host_failures.add(1),
+            }
+        }
+        call()
+    }
+
+    fn range(&self, first: usize, count: usize) -> Result<HvaRange, Error> {
+        Ok(AddrRange::with_len(self.host.start().wrapping_add((first * PAGE) as u64), (count * PAGE) as u64)?)
+    }
+
+    /// From here on whoever writes these pages waits.
+    pub(crate) fn hold(&self, first: usize, count: usize) -> Result<(), Error> {
+        self.arm(self.range(first, count)?)
+    }
+
+    fn arm(&self, range: HvaRange) -> Result<(), Error> {
+        Ok(self.attempt(|| match self.fence.arm(range) {
+            // What was mapped over a page is not behind the fence until it is registered.
+            Err(FenceError::Lapsed { .. }) => {
+                self.fence.readmit(range)?;
+                self.fence.arm(range)
+            }
+            done => done,
+        })?)
+    }
+
+    fn lift(&self, range: HvaRange) -> Result<(), Error> {
+        Ok(self.attempt(|| match self.fence.lift(range) {
+            // What is not behind the fence has nothing to be lifted; everybody was woken.
+            Err(FenceError::Lapsed { .. }) => Ok(()),
+            done => done,
+        })?)
+    }
+
+    /// Whoever waits for these pages goes on, and nobody waits from here on.
+    pub(crate) fn let_go(&self, first: usize, count: usize) -> Result<(), Error> {
+        self.lift(self.range(first, count)?)
+    }
+
+    /// Maps frames over their pages, and fences what shows them now.
+    pub(crate) fn cover<M: WindowMode>(
+        &self,
+        window: &InvalidationGuard<'_, M, Hva>,
+        first: usize,
+        frames: &[Option<Frame>],
+    ) -> Result<Vec<Merge>, Error> {
+        let mut result: Vec<Merge> =
+            frames.iter().map(|frame| frame.map_or(Merge::NotAsked, |_| Merge::Home)).collect();
+        let mut states = Vec::new();
+        for (index, count, frame) in runs(frames) {
+            let range = self.range(first + index, count)?;
+            let source = Source::new(self.store.file(), frame.offset()).populated();
+            match self.ram.within(window)?.replace(gpa(first + index), &source, range.len()) {
+                Ok(()) => {}
+                // All is as it was, and the pages stay at home until a later pass.
+                Err(RamError::Budget { .. }) => {
+                    self.tally.no_mapping.add(1);
+                    continue;
+                }
+                // Whether they are what they were, or show their frames, or (the kernel took away and did not give) neither:
+                // the contents are the frames'.
+                Err(error) => {
+                    self.tally.host_failures.add(1);
+                    self.refill(&error, first + index, frame)?;
+                }
+            }
+            let fenced =
+                !self.watched || (self.attempt(|| self.fence.readmit(range)).is_ok() && self.arm(range).is_ok());
+            let seen = fenced && self.attempt(|| PageMap::read(&self.kernel, range, &mut states)).is_ok();
+            for at in 0..count {
+                result[index + at] = match states.get(at) {
+                    // The frame, and whoever writes it waits.
+                    Some(state) if seen && state.present && state.file => Merge::Merged,
+                    // A copy that the kernel made; or nobody knows.
+                    _ => self.uncover(window, first + index + at)?,
+                };
+            }
+        }
+        Ok(result)
+    }
+
+    /// Puts back contents that are gone because the host failed half-way: pages from `first` on, whose contents are those
+    /// of the frames from `frame` on.
+    fn refill(&self, error: &RamError, first: usize, frame: Frame) -> Result<(), Error> {
+        let RamError::Failed(failed) = error else { return Ok(()) };
+        let pages = |range: &GpaRange| range.start().as_u64() / PAGE as u64..range.end().as_u64() / PAGE as u64;
+        let mut bytes = [0; PAGE];
+        for page in failed.lost.iter().flat_map(pages) {
+            // This thread is not to wait for itself.
+            let _ = self.let_go(page as usize, 1);
+            self.store.read(frame.offset() + (page - first as u64) * PAGE as u64, &mut bytes)?;
+            self.memory().write_slice(&bytes, GuestAddress(page * PAGE as u64))?;
+        }
+        Ok(())
+    }
+
+    /// A page that may show a frame, or a copy of one, is to be at home: makes it a copy.
+    fn uncover<M: WindowMode>(&self, window: &InvalidationGuard<'_, M, Hva>, page: usize) -> Result<Merge, Error> {
+        let range = self.range(page, 1)?;
+        // An armed fence would let nobody copy, this thread not either.
+        if self.lift(range).is_err() {
+            return Ok(Merge::Stuck);
+        }
+        let guest = AddrRange::with_len(gpa(page), PAGE as u64)?;
+        match self.attempt(|| self.ram.within(window)?.privatize(guest)) {
+            Ok(()) => Ok(Merge::Home),
+            Err(_) => Ok(Merge::Stuck),
+        }
+    }
+
+    /// Lets those go on who wait for pages that were not merged. Whoever waits for a merged one is let in when the
+    /// thread that does that comes to it.
+    pub(crate) fn settle(&self, first: usize, merged: &[bool]) -> Result<(), Error> {
+        let mut index = 0;
+        while index < merged.len() {
+            let run = merged[index..].iter().take_while(|&&merged| !merged).count();
+            if run != 0 {
+                self.let_go(first + index, run)?;
+            }
+            index += run + 1;
+        }
+        Ok(())
+    }
+
+    /// Lets writers of a merged page in, and has the kernel copy it for them. Whether the frame is no longer shown.
+    pub(crate) fn take_back(&self, window: &InvalidationGuard<'_, Zapped, Hva>, page: usize) -> Result<bool, Error> {
+        match self.uncover(window, page)? {
+            Merge::Stuck => {
+                self.tally.stuck.add(1);
+                Ok(false)
+            }
+            _ => Ok(true),
+        }
+    }
+
+    /// Those who wait for pages, until it is told to stop: then none. Pages may be named more than once.
+    pub(crate) fn waiters(&self, waiters: &mut Vec<Waiter>) -> Result<(), Error> {
+        self.attempt(|| self.fence.next_batch(waiters, NAP))?;
+        Ok(())
+    }
+
+    /// The page that somebody waits for.
+    pub(crate) fn page_of(&self, waiter: &Waiter) -> usize {
+        (waiter.address.as_u64().saturating_sub(self.host.start().as_u64()) / PAGE as u64) as usize
+    }
+
+    /// Nobody waits any more, whatever becomes of it.
+    pub(crate) fn open_fence(&self) {
+        let _ = self.lift(self.host);
+    }
+}
+
+/// Runs of neighbours whose frames are neighbours too: index, count, first frame.
+fn runs(frames: &[Option<Frame>]) -> Vec<(usize, usize, Frame)> {
+    let mut runs: Vec<(usize, usize, Frame)> = Vec::new();
+    for (index, frame) in frames.iter().enumerate() {
+        let Some(frame) = *frame else { continue };
+        match runs.last_mut() {
+            Some((start, count, Frame(first))) if *start + *count == index && *first + *count as u32 == frame.0 => {
+                *count += 1;
+            }
+            _ => runs.push((index, 1, frame)),
+        }
+    }
+    runs
+}

@@ -182,7 +182,8 @@ pub struct OperationError {
     /// Operations that were done and stand, because what was there before is gone. One that replaced a page may not
     /// have given its home back to the host; repeating it, or discarding the page, does.
     pub standing: Vec<usize>,
-    /// Ranges of the failed operation whose old contents are gone; they read as zero, or as the source.
+    /// Ranges of the failed operation whose old contents are gone. Pages there read as zero, or as the source; those that
+    /// were the guest's own copies of a file's may read as before.
     pub lost: Vec<GpaRange>,
     /// Ranges in which the call left nothing mapped, and which are now private zeros, so that nothing else gets mapped
     /// there.

@@ -33,7 +33,8 @@ fn on_kvm(run: impl FnOnce() -> Result<Report, Error>) -> Option<Report> {
             println!("not run: {why}");
             None
         }
-        report => Some(report.unwrap()),
+        Err(error) => panic!("{error:?}"),
+        Ok(report) => Some(report),
     }
 }
 

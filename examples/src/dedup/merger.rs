@@ -321,10 +321,11 @@ impl<'j> Merger<'j> {
         let mut places = guest.mapping.lock(first);
         let mut frames = match compared {
             Some(frames) => frames,
-            None => {
-                guest.home.hold(first, count)?;
-                self.compare(batch)?
-            }
+            None => match guest.home.hold(first, count) {
+                Ok(()) => self.compare(batch)?,
+                // Whoever writes them may go on doing so: they are left for a later pass.
+                Err(_) => vec![None; count],
+            },
         };
         if self.mode == MergeMode::Change && matches!(guest.home, Home::Mapped(_)) {
             // Here the host's mapping changes first, so that what no table translates has to be left out before.
@@ -354,7 +355,10 @@ impl<'j> Merger<'j> {
             Home::Mapped(_) => frames.iter().map(Option::is_some).collect(),
         };
         self.move_pages(batch, &frames, &moved, &mut places)?;
-        guest.home.settle(first, &moved)?;
+        // Where the host fails, whoever comes to wait for such a page is let in when it does.
+        if guest.home.settle(first, &moved).is_err() {
+            self.tally.host_failures.add(1);
+        }
         drop(places);
         window.close()?;
         if self.mark != u64::MAX && self.marked.is_none() {

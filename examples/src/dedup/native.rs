@@ -87,8 +87,20 @@ impl Agent for Direct<'_> {
     }
 }
 
-/// How often somebody is tried to be let in, when the host fails.
-const ATTEMPTS: u32 = 5;
+/// How often in a row the host may fail before nobody else is let in. Until then those who wait lose nothing but time.
+const PATIENCE: u32 = 50;
+
+/// Does what must be done for somebody to be let in, again and again where the host fails.
+fn insist(guest: &Guest, mut step: impl FnMut() -> Result<(), Error>) -> Result<(), Error> {
+    for _ in 1..PATIENCE {
+        match step() {
+            Ok(()) => return Ok(()),
+            Err(_) => guest.tally.host_failures.add(1),
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    step()
+}
 
 /// Lets those in who wait at the fence of this guest's RAM, until told to stop; by then nobody may wait any more.
 ///
@@ -99,20 +111,12 @@ pub(crate) fn let_writers_in(guest: &Guest, stop: &AtomicBool) -> Result<(), Err
     let mut waiters = Vec::new();
     while !stop.load(Ordering::Acquire) {
         waiters.clear();
-        home.waiters(&mut waiters)?;
+        insist(guest, || home.waiters(&mut waiters))?;
         let mut pages: Vec<usize> = waiters.iter().map(|waiter| home.page_of(waiter)).collect();
         pages.sort_unstable();
         pages.dedup();
         for page in pages {
-            let mut failed = 0;
-            while let Err(error) = guest.admit_writer(page) {
-                failed += 1;
-                if failed == ATTEMPTS {
-                    return Err(error);
-                }
-                guest.tally.host_failures.add(1);
-                thread::sleep(Duration::from_millis(1));
-            }
+            insist(guest, || guest.admit_writer(page))?;
             guest.prefetch(&mut walker, page, 1)?;
         }
     }

@@ -19,9 +19,9 @@ use notifier_core::{
 use vm_memory::bitmap::Bitmap;
 
 use crate::{
-    budget::{BudgetError, PER_CALL, Reservation},
+    budget::{BudgetError, PER_CALL, Reservation, Wanted},
     kernel::Call,
-    layout::{Piece, Place, Span},
+    layout::{Layout, Piece, Place, Span},
     ram::{Claim, GuestRam, Home, Region, Source, State, check_window},
 };
 
@@ -464,22 +464,18 @@ struct Plan {
     before: Vec<Before>,
     holes: Vec<Hole>,
     /// Mappings that the process may have more afterwards.
-    mappings: u64,
+    mappings: Wanted,
 }
 
 impl Plan {
-    /// Adds the steps for `self.before[before]`, which are neighbours and in need of the same.
-    fn push(&mut self, operation: usize, region: usize, before: Range<usize>, deeds: &[Deed]) {
+    /// Adds a step for `self.before[before]`, which are neighbours and in need of the same.
+    fn push(&mut self, operation: usize, region: usize, before: Range<usize>, deed: Deed, layout: &Layout) {
         let span = Span { start: self.before[before.start].span.start, end: self.before[before.end - 1].span.end };
-        for deed in deeds {
-            self.mappings += match deed {
-                Deed::MapFile(..) | Deed::MapHome(_) | Deed::MapZero(_) => PER_CALL,
-                // Each piece's mapping may be cut, where the range ends inside it.
-                Deed::Protect(_) => PER_CALL,
-                Deed::Drop | Deed::Punch | Deed::NoHugePage => 0,
-            };
-            self.steps.push(Step { operation, region, span, deed: deed.clone(), before: before.clone() });
+        if matches!(deed, Deed::MapFile(..) | Deed::MapHome(_) | Deed::MapZero(_) | Deed::Protect(_)) {
+            self.mappings.worst += PER_CALL;
+            self.mappings.likely += layout.cuts(span);
         }
+        self.steps.push(Step { operation, region, span, deed, before });
     }
 
     fn hole(&mut self, operation: usize, region: usize, span: Span) {
@@ -544,8 +540,10 @@ fn plan<B: Bitmap>(ram: &GuestRam<B>, operations: &[Operation<'_>], state: &Stat
     let mut plan = Plan::default();
     for (index, operation) in operations.iter().enumerate() {
         let region = &ram.regions[operation.region];
+        let layout = &state.layouts[operation.region];
+        let huge = !state.no_huge_pages;
         let mut open: Option<(Need, usize)> = None;
-        for (span, piece) in state.layouts[operation.region].within(operation.span) {
+        for (span, piece) in layout.within(operation.span) {
             let need = match operation.what {
                 What::Discard => Some(discard_needs(&piece, &region.home)),
                 What::Replace(source) => Some(replace_needs(span, &piece, &region.home, source, operation.span)),
@@ -553,14 +551,14 @@ fn plan<B: Bitmap>(ram: &GuestRam<B>, operations: &[Operation<'_>], state: &Stat
                 What::Protect(_) => Some(Need { punch: false, then: Then::Protect }),
             };
             if open.is_some_and(|(open, _)| Some(open) != need) {
-                flush(&mut plan, index, operation, region, state, open.take());
+                flush(&mut plan, index, operation, region, layout, huge, open.take());
             }
             if let Some(need) = need {
                 open = open.or(Some((need, plan.before.len())));
                 plan.before.push(Before { span, piece, clean: false });
             }
         }
-        flush(&mut plan, index, operation, region, state, open.take());
+        flush(&mut plan, index, operation, region, layout, huge, open.take());
     }
     plan
 }
@@ -571,14 +569,15 @@ fn flush(
     index: usize,
     operation: &Operation<'_>,
     region: &Region,
-    state: &State,
+    layout: &Layout,
+    huge: bool,
     open: Option<(Need, usize)>,
 ) {
     let Some((need, first)) = open else { return };
     let before = first..plan.before.len();
     let start = plan.before[first].span.start;
     if need.punch {
-        plan.push(index, operation.region, before.clone(), &[Deed::Punch]);
+        plan.push(index, operation.region, before.clone(), Deed::Punch, layout);
     }
     let deed = match (need.then, operation.what) {
         (Then::Nothing, _) => None,
@@ -593,9 +592,10 @@ fn flush(
         (Then::MapSource(_) | Then::Protect, _) => None,
     };
     if let Some(deed) = deed {
-        plan.push(index, operation.region, before.clone(), std::slice::from_ref(&deed));
-        if state.no_huge_pages && matches!(deed, Deed::MapHome(_) | Deed::MapZero(_)) {
-            plan.push(index, operation.region, before.clone(), &[Deed::NoHugePage]);
+        let small = !huge && matches!(deed, Deed::MapHome(_) | Deed::MapZero(_));
+        plan.push(index, operation.region, before.clone(), deed, layout);
+        if small {
+            plan.push(index, operation.region, before.clone(), Deed::NoHugePage, layout);
         }
     }
     if matches!(operation.what, What::Replace(_)) && region.punched.is_some() {
@@ -627,10 +627,12 @@ fn execute<B: Bitmap>(
     let hosts = operations.iter().map(|operation| operation.host(ram));
     let (mut claim, mut plan) = ram.claim(hosts, |state| plan(ram, operations, state));
     let at = operations[0].range.start();
-    let have = reserved.as_ref().map_or(0, Reservation::mappings);
-    let missing = ram.budget.reserve_mappings(plan.mappings.saturating_sub(have));
-    let missing = missing.map_err(|source| RamError::Budget { at, source })?;
-    claim.reservation = Some(missing.join(reserved));
+    // What was reserved before the windows were opened was for the layout as it was then.
+    let reservation = match reserved.filter(|reserved| reserved.wanted().likely >= plan.mappings.likely) {
+        Some(enough) => Ok(enough),
+        None => ram.budget.reserve_mappings(plan.mappings),
+    };
+    claim.reservation = Some(reservation.map_err(|source| RamError::Budget { at, source })?);
     if plan.calls() > 1 {
         look_for_copies(ram, &mut plan);
     }

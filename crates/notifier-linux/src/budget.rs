@@ -8,7 +8,8 @@
 //!
 //! Counting means reading `/proc/self/maps`, which takes longer the more there are (tens of milliseconds near the limit).
 //! So it is done rarely. Between two counts there are two figures: the *worst case* (each call adds two) and the *likely
-//! case* (what the layouts of guest memory grew by; the kernel joins what the layout joins, mostly). A reservation is
+//! case* (what the layouts of guest memory grew by; the kernel joins what the layout joins, mostly). What is wanted is
+//! likely too: a call adds one mapping for each of its ends that lies inside one. A reservation is
 //! granted when the worst case stays below the reserve, or when the likely case does and the two differ by less than half
 //! the reserve: then the reserve pays for what the likely case got wrong. Otherwise the count is made anew. What would have
 //! to be refused is refused by the last count if that is recent: counting never takes more than a twentieth of the time.
@@ -151,26 +152,29 @@ impl VmaBudget {
         Ok(count)
     }
 
-    /// Sets `wanted` mappings aside.
-    pub(crate) fn reserve_mappings(&self, wanted: u64) -> Result<Reservation, BudgetError> {
-        if wanted == 0 {
-            return Ok(Reservation { wanted: 0 });
+    /// Sets `wanted.likely` mappings aside. What wants none is never refused: a page that goes home gives back what
+    /// it had, and at the limit that is the way out.
+    pub(crate) fn reserve_mappings(&self, wanted: Wanted) -> Result<Reservation, BudgetError> {
+        if wanted.likely == 0 {
+            return Ok(Reservation::new(wanted));
         }
         let last = *self.last.lock();
-        match self.verdict(&last, wanted) {
+        match self.verdict(&last, wanted.likely) {
             Verdict::Fits => return Ok(Reservation::new(wanted)),
-            Verdict::Refused if last.at.elapsed() < last.took * REST => return Err(self.exhausted(&last, wanted)),
+            Verdict::Refused if last.at.elapsed() < last.took * REST => {
+                return Err(self.exhausted(&last, wanted.likely));
+            }
             _ => {}
         }
         let _one_at_a_time = self.counting.lock();
         // Another thread may have counted meanwhile.
         let mut now = *self.last.lock();
-        if now.at == last.at || !matches!(self.verdict(&now, wanted), Verdict::Fits) {
+        if now.at == last.at || !matches!(self.verdict(&now, wanted.likely), Verdict::Fits) {
             now = self.count_again()?;
         }
-        match self.verdict(&now, wanted) {
+        match self.verdict(&now, wanted.likely) {
             Verdict::Fits => Ok(Reservation::new(wanted)),
-            _ => Err(self.exhausted(&now, wanted)),
+            _ => Err(self.exhausted(&now, wanted.likely)),
         }
     }
 
@@ -222,49 +226,51 @@ fn count(kernel: &Kernel, limit: Option<u64>) -> Result<Count, BudgetError> {
 
 /// Mappings that have gone, a layout and all.
 pub(crate) fn gone(mappings: u64) {
-    LIKELY.fetch_sub(mappings.try_into().unwrap_or(i64::MAX), Ordering::Relaxed);
+    LIKELY.fetch_sub(signed(mappings), Ordering::Relaxed);
+}
+
+/// Mappings that calls may add.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    /// If each call adds as many as it can.
+    pub(crate) worst: u64,
+    /// By the layout.
+    pub(crate) likely: u64,
 }
 
 /// Mappings set aside for an operation in flight. Dropping it without settling gives them back.
 #[derive(Debug)]
 #[must_use = "the mappings are given back when this is dropped"]
-pub(crate) struct Reservation {
-    wanted: i64,
+pub(crate) struct Reservation(Wanted);
+
+fn signed(mappings: u64) -> i64 {
+    mappings.try_into().unwrap_or(i64::MAX)
 }
 
 impl Reservation {
-    fn new(wanted: u64) -> Self {
-        let wanted = i64::try_from(wanted).unwrap_or(i64::MAX);
-        WORST.fetch_add(wanted, Ordering::Relaxed);
-        LIKELY.fetch_add(wanted, Ordering::Relaxed);
-        Self { wanted }
+    fn new(wanted: Wanted) -> Self {
+        WORST.fetch_add(signed(wanted.worst), Ordering::Relaxed);
+        LIKELY.fetch_add(signed(wanted.likely), Ordering::Relaxed);
+        Self(wanted)
     }
 
-    /// How many.
-    pub(crate) fn mappings(&self) -> u64 {
-        self.wanted.unsigned_abs()
-    }
-
-    /// Both as one.
-    pub(crate) fn join(mut self, other: Option<Self>) -> Self {
-        if let Some(mut other) = other {
-            self.wanted += std::mem::take(&mut other.wanted);
-        }
-        self
+    /// What was set aside.
+    pub(crate) fn wanted(&self) -> Wanted {
+        self.0
     }
 
     /// The calls were made, and the layout grew by `grown` mappings.
     pub(crate) fn settle(mut self, grown: i64) {
-        LIKELY.fetch_add(grown.wrapping_sub(self.wanted), Ordering::Relaxed);
-        self.wanted = 0;
+        LIKELY.fetch_add(grown.wrapping_sub(signed(self.0.likely)), Ordering::Relaxed);
+        self.0 = Wanted::default();
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        if self.wanted != 0 {
-            WORST.fetch_sub(self.wanted, Ordering::Relaxed);
-            LIKELY.fetch_sub(self.wanted, Ordering::Relaxed);
+        if self.0 != Wanted::default() {
+            WORST.fetch_sub(signed(self.0.worst), Ordering::Relaxed);
+            LIKELY.fetch_sub(signed(self.0.likely), Ordering::Relaxed);
         }
     }
 }

@@ -101,6 +101,12 @@ impl Layout {
         (offset < end).then(|| (Span { start, end }, piece.after(offset - start)))
     }
 
+    /// How many more pieces there are when `span` is one of its own, by its ends: those inside of pieces cut them.
+    pub(crate) fn cuts(&self, span: Span) -> u64 {
+        let inside = |at: u64| u64::from(at < self.len && !self.pieces.contains_key(&at));
+        inside(span.start) + inside(span.end)
+    }
+
     /// What `span` is made of, in order, cut to it.
     pub(crate) fn within(&self, span: Span) -> impl Iterator<Item = (Span, Piece)> + '_ {
         let first = self.pieces.range(..=span.start).next_back().map_or(span.start, |(&start, _)| start);
@@ -199,7 +205,10 @@ mod tests {
             for page in first..first + count {
                 model[page as usize] = digest(&piece.after((page - first) * PAGE), &files);
             }
-            layout.set(Span { start: first * PAGE, end: (first + count) * PAGE }, piece);
+            let span = Span { start: first * PAGE, end: (first + count) * PAGE };
+            let most = layout.count() as u64 + layout.cuts(span);
+            layout.set(span, piece);
+            assert!(layout.count() as u64 <= most);
 
             let mut seen = Vec::new();
             let mut pieces: Vec<(Span, Piece)> = Vec::new();

@@ -11,6 +11,7 @@ mod kernel;
 mod layout;
 mod pagemap;
 mod ram;
+mod tripwire;
 mod uffd;
 
 pub use batch::{Batch, OperationError, RamError, UndoError};
@@ -21,4 +22,5 @@ pub use fence::{FenceError, Waiter, WriteFence};
 pub use kernel::{Call, Kernel};
 pub use pagemap::{PageMap, PageMapError, PageState};
 pub use ram::{Backing, BuildError, GuestRam, GuestRamBuilder, Source, Within};
+pub use tripwire::{ChangeKind, Expected, Tripped, Tripwire, TripwireError};
 pub use uffd::RegisterError;

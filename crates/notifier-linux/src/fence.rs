@@ -316,3 +316,32 @@ fn told(error: ProtectError, call: Call) -> FenceError {
         ProtectError::Failed { range, source } => FenceError::Call { call, range, source },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use notifier_core::AddrRange;
+    use vm_memory::{Bytes, MmapRegion, VolatileMemory};
+
+    use super::*;
+
+    #[test]
+    fn writers_go_on_at_the_drop_though_another_process_had_the_descriptor() {
+        let len = crate::uffd::page_size();
+        let memory = MmapRegion::<()>::new(len as usize).unwrap();
+        let range = AddrRange::with_len(Hva::new(memory.as_ptr() as u64), len).unwrap();
+        let fence = match WriteFence::new(&Kernel::new(), &[range]) {
+            Err(FenceError::Register(RegisterError::Missing(missing))) => return println!("not tested: {missing}"),
+            fence => fence.unwrap(),
+        };
+        fence.arm(range).unwrap();
+        // What a forked child has: another descriptor of the same userfaultfd, so that dropping ours does not end it.
+        let childs = fence.uffd.fd().try_clone_to_owned().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| memory.as_volatile_slice().write_obj(7u8, 0).unwrap());
+            fence.next(Duration::from_secs(60)).unwrap().unwrap();
+            drop(fence);
+        });
+        assert_eq!(memory.as_volatile_slice().read_obj::<u8>(0).unwrap(), 7);
+        drop(childs);
+    }
+}

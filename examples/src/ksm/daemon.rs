@@ -140,7 +140,8 @@ fn parse_if_there<T: FromStr>(path: &Path) -> Result<Option<T>, DaemonError> {
 }
 
 /// What KSM counts for the whole host. All in pages but `general_profit`. They are read one after the other: while
-/// `ksmd` works they need not fit each other.
+/// `ksmd` works they need not fit each other. Memory that is gone, also of a process that has ended, is among them
+/// until `ksmd` scans again: with `run` at 0, for good.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub struct Counters {
     /// Frames that are shared.
@@ -182,9 +183,14 @@ impl Counters {
 }
 
 /// What KSM counts for this process: `/proc/self/ksm_stat`, Linux 6.1.
+///
+/// These are counts of KSM's records. Pages that were unmapped, unmarked or written since are among them until
+/// `ksmd`'s next scans drop their records (`remove_rmap_item_from_tree` in `mm/ksm.c`), so where memory comes and goes,
+/// differences of `rmap_items` and `merging_pages` mean little. [`Sums::ksm`](super::Sums::ksm) tells what is merged
+/// now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub struct ProcessStat {
-    /// Pages that KSM keeps a record of, 64 bytes of the host's memory each on 64-bit hosts.
+    /// Pages that KSM keeps a record of.
     pub rmap_items: u64,
     /// Pages that lead to a shared frame, the first of each frame included.
     pub merging_pages: u64,
@@ -196,6 +202,13 @@ pub struct ProcessStat {
 }
 
 impl ProcessStat {
+    /// Bytes of the host's memory that the records take: what the kernel took off the profit. `page` is the bytes of a
+    /// page.
+    pub fn records(&self, page: u64) -> u64 {
+        let gross = i128::from(self.merging_pages.saturating_add(self.zero_pages)) * i128::from(page);
+        u64::try_from(gross - i128::from(self.process_profit)).unwrap_or(0)
+    }
+
     /// As it is now.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 //! One measured run of KSM over given memory.
 
 use std::{
+    fs,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -39,6 +40,9 @@ pub enum RunError {
     /// The frames cannot be counted, though the process may.
     #[error(transparent)]
     Frames(#[from] FramesError),
+    /// The kernel does not tell which pages are merged: `smaps` has no line `KSM`.
+    #[error("this kernel's smaps does not tell what KSM merged")]
+    NotTold,
     /// The run is complete, but settings are not as they were.
     #[error("after a run that merged {} pages: {source}", run.merged_pages)]
     NotPutBack {
@@ -56,28 +60,31 @@ pub struct Plan {
     pub pages_to_scan: u32,
     /// A rest. Whole milliseconds count.
     pub sleep: Duration,
-    /// Whether pages that did not merge are looked at less and less often; `None` leaves the host's setting.
+    /// Whether pages that did not merge are looked at less and less often; `None` leaves the host's setting. Where it
+    /// is on, KSM's records of memory that was here before, at the same addresses, may have it spare new memory for
+    /// some scans: measure in a process of its own then.
     pub smart_scan: Option<bool>,
     /// Whether pages of zeroes go to the kernel's zero page; `None` leaves the host's setting.
     pub use_zero_pages: Option<bool>,
-    /// Merged pages of this process at which the run ends; `None` for as many as there are.
+    /// Merged pages at which the run ends; `None` for as many as there are.
     pub target: Option<u64>,
-    /// The run ends where this many full scans have merged nothing more. At least 2: the first scan only
-    /// remembers what pages hold.
+    /// The run ends where this many full scans have merged nothing more. At least 2: the first scan only remembers what
+    /// pages hold. At least 10 with `smart_scan` on, which spares a page for up to 8 scans (`skip_age` in `mm/ksm.c`).
     pub quiet_scans: u32,
     /// The run ends after this time.
     pub timeout: Duration,
-    /// Time between two samples, and so how finely times are known.
+    /// Time between two samples, and so how finely times are known. More where a sample takes long: no more than a
+    /// tenth of the time is spent on them.
     pub sample_every: Duration,
 }
 
 impl Plan {
-    /// `ksmd` without a rest: the soonest that KSM can merge.
+    /// `ksmd` without a rest, every page in each scan: the soonest that KSM can merge.
     pub fn eager() -> Self {
         Self {
             pages_to_scan: 20_000,
             sleep: Duration::ZERO,
-            smart_scan: None,
+            smart_scan: Some(false),
             use_zero_pages: None,
             target: None,
             quiet_scans: 3,
@@ -86,7 +93,8 @@ impl Plan {
         }
     }
 
-    /// 2000 pages, then 20 ms of rest: some seven times slower, and most of a processor left to guests.
+    /// 2000 pages, then 20 ms of rest: some three times slower, with a quarter of a processor for `ksmd` while it
+    /// merges.
     pub fn kind() -> Self {
         Self { pages_to_scan: 2_000, sleep: Duration::from_millis(20), ..Self::eager() }
     }
@@ -113,7 +121,12 @@ pub struct Sample {
     pub at: Duration,
     /// What `ksmd` used since; see [`Daemon::cpu`] for how exact it is.
     pub ksmd_cpu: Duration,
-    /// Pages of this process merged since, those merged with the zero page included.
+    /// Pages of the ranges that lead to a frame KSM shares, and pages of this process merged with the zero page since.
+    ///
+    /// The first and the last sample, and one that ends a run at its target, are what `smaps` says, which takes the
+    /// kernel some 0.2 us a page. Those between are [`ProcessStat::merging_pages`], with pages that were written since
+    /// and not been scanned again; but where KSM knew pages of this process already, it would count others too, and
+    /// all are from `smaps`.
     pub merged: u64,
     /// Full scans since.
     pub full_scans: u64,
@@ -126,13 +139,13 @@ pub struct KsmRun {
     pub plan: Plan,
     /// Why it ended.
     pub ended: Ended,
-    /// Pages of this process merged: each page that leads to a shared frame counts, also the first.
+    /// Pages merged, as [`Sample::merged`] counts: each page that leads to a shared frame counts, also the first.
     pub merged_pages: u64,
     /// Time from `ksmd` being let run until it rested again.
     pub wall: Duration,
     /// Processor time `ksmd` used, for this process and for all others that have marked memory.
     pub ksmd_cpu: Duration,
-    /// Bytes of KSM's own records for this process, at 64 bytes each.
+    /// Bytes of KSM's own records for this process at the end.
     pub records: u64,
     /// The mappings of the ranges before, marked already, and after.
     pub mappings: [Sums; 2],
@@ -189,24 +202,26 @@ struct Start<'a> {
     cpu: Duration,
     counters: Counters,
     process: ProcessStat,
+    ranges: &'a [HvaRange],
+    page: u64,
     clock: Instant,
 }
 
-fn merged(process: &ProcessStat) -> u64 {
-    process.merging_pages.saturating_add(process.zero_pages)
-}
-
 impl Start<'_> {
-    fn sample(&self) -> Result<(Sample, Counters, ProcessStat), DaemonError> {
+    fn sample(&self, exact: bool) -> Result<(Sample, Counters, ProcessStat), RunError> {
+        let ksmd_cpu = self.daemon.cpu()?.saturating_sub(self.cpu);
+        let at = self.clock.elapsed();
         let counters = Counters::read(self.paths)?;
         let process = ProcessStat::read(self.paths)?;
-        let sample = Sample {
-            at: self.clock.elapsed(),
-            ksmd_cpu: self.daemon.cpu()?.saturating_sub(self.cpu),
-            merged: merged(&process).saturating_sub(merged(&self.process)),
-            full_scans: counters.full_scans.saturating_sub(self.counters.full_scans),
+        // Among `merging_pages` are also pages long unmapped, until they are scanned: of use only if there were none.
+        let sharing = match exact || self.process.rmap_items != 0 {
+            true => Sums::of(self.paths, self.ranges)?.ksm.ok_or(RunError::NotTold)? / self.page,
+            false => process.merging_pages,
         };
-        Ok((sample, counters, process))
+        let zero = process.zero_pages.saturating_sub(self.process.zero_pages);
+        let merged = sharing.saturating_add(zero);
+        let full_scans = counters.full_scans.saturating_sub(self.counters.full_scans);
+        Ok((Sample { at, ksmd_cpu, merged, full_scans }, counters, process))
     }
 }
 
@@ -261,22 +276,32 @@ pub fn merge_with_ksm(
         cpu: daemon.cpu()?,
         counters: Counters::read(paths)?,
         process: ProcessStat::read(paths)?,
+        ranges,
+        page: rustix::param::page_size() as u64,
         clock: Instant::now(),
     };
-    let mut samples = vec![start.sample()?.0];
+    let mut samples = vec![start.sample(true)?.0];
     saved.set(Setting::Run, 1)?;
+    let smart = fs::read_to_string(paths.sysfs.join(Setting::SmartScan.name())).is_ok_and(|text| text.trim() == "1");
+    let quiet_scans = u64::from(plan.quiet_scans.max(if smart { 10 } else { 2 }));
     // When something was merged last, in full scans.
     let (mut most, mut grew_at) = (0, 0);
     let ended = loop {
-        let (sample, ..) = start.sample()?;
+        let began = Instant::now();
+        let (mut sample, ..) = start.sample(false)?;
+        let reached = |sample: &Sample| plan.target.is_some_and(|target| sample.merged >= target);
+        if reached(&sample) {
+            sample.merged = start.sample(true)?.0.merged;
+        }
+        let took = began.elapsed();
         samples.push(sample);
         if sample.merged > most {
             (most, grew_at) = (sample.merged, sample.full_scans);
         }
-        if plan.target.is_some_and(|target| sample.merged >= target) {
+        if reached(&sample) {
             break Ended::Target;
         }
-        if sample.full_scans - grew_at >= u64::from(plan.quiet_scans.max(2)) {
+        if sample.full_scans - grew_at >= quiet_scans {
             break Ended::Quiet;
         }
         if interrupt.load(Ordering::Relaxed) {
@@ -285,11 +310,11 @@ pub fn merge_with_ksm(
         if sample.at >= plan.timeout {
             break Ended::TimedOut;
         }
-        thread::sleep(plan.sample_every);
+        thread::sleep(plan.sample_every.max(took * 9));
     };
     // The kernel returns from this once `ksmd` is between two batches, and then it does not run: its time is exact.
     saved.set(Setting::Run, 0)?;
-    let (last, counters, process) = start.sample()?;
+    let (last, counters, process) = start.sample(true)?;
     samples.push(last);
 
     let mut run = KsmRun {
@@ -298,12 +323,12 @@ pub fn merge_with_ksm(
         merged_pages: last.merged,
         wall: last.at,
         ksmd_cpu: last.ksmd_cpu,
-        records: process.rmap_items.saturating_mul(64),
+        records: process.records(start.page),
         mappings: [mappings, Sums::of(paths, ranges)?],
         frames: frames_before.zip(frames(paths, ranges)?).map(<[Frames; 2]>::from),
         counters: [start.counters, counters],
         process: [start.process, process],
-        page: rustix::param::page_size() as u64,
+        page: start.page,
         samples,
         put_back: Vec::new(),
     };

@@ -80,8 +80,9 @@ pub struct Sums {
     pub private_dirty: u64,
     /// Present pages that belong to no file, those of KSM among them.
     pub anonymous: u64,
-    /// Present pages that lead to a frame KSM shares. Zero on a kernel before Linux 6.8, which does not tell.
-    pub ksm: u64,
+    /// Present pages that lead to a frame KSM shares; the zero page is not counted. `None` where there are mappings and
+    /// this kernel does not tell: the line is younger than KSM.
+    pub ksm: Option<u64>,
     /// Pages swapped out.
     pub swap: u64,
     /// Address space of mappings marked for KSM (`mg` among their flags).
@@ -182,7 +183,7 @@ fn visit(
             b"Private_Clean" => &mut sums.private_clean,
             b"Private_Dirty" => &mut sums.private_dirty,
             b"Anonymous" => &mut sums.anonymous,
-            b"KSM" => &mut sums.ksm,
+            b"KSM" => sums.ksm.insert(0),
             b"Swap" => &mut sums.swap,
             b"VmFlags" => {
                 if value.split(u8::is_ascii_whitespace).any(|flag| flag == b"mg") {
@@ -202,6 +203,11 @@ fn visit(
 }
 
 impl Sums {
+    /// Those of no mapping.
+    fn none() -> Self {
+        Self { ksm: Some(0), ..Self::default() }
+    }
+
     /// The mappings of this process that lie inside `ranges`, as they are now. A range that is not mapped, or in part,
     /// is no error: `size` tells.
     ///
@@ -212,7 +218,7 @@ impl Sums {
     /// # Errors
     /// [`SmapsError::AcrossEdge`]; [`SmapsError::Read`]; [`SmapsError::Line`]; [`SmapsError::Overflow`].
     pub fn of(paths: &Paths, ranges: &[HvaRange]) -> Result<Self, SmapsError> {
-        let mut sums = Self::default();
+        let mut sums = Self::none();
         open(paths, ranges, |mapping, number| sums.add(&mapping.sums, number))?;
         Ok(sums)
     }
@@ -222,7 +228,7 @@ impl Sums {
     /// # Errors
     /// As [`Self::of`].
     pub fn parse(text: impl BufRead, ranges: &[HvaRange]) -> Result<Self, SmapsError> {
-        let mut sums = Self::default();
+        let mut sums = Self::none();
         visit(text, "smaps".as_ref(), ranges, |mapping, number| sums.add(&mapping.sums, number))?;
         Ok(sums)
     }
@@ -238,13 +244,18 @@ impl Sums {
             (&mut self.private_clean, other.private_clean, "Private_Clean"),
             (&mut self.private_dirty, other.private_dirty, "Private_Dirty"),
             (&mut self.anonymous, other.anonymous, "Anonymous"),
-            (&mut self.ksm, other.ksm, "KSM"),
             (&mut self.swap, other.swap, "Swap"),
             (&mut self.mergeable, other.mergeable, "mergeable"),
         ];
         for (sum, more, field) in fields {
             *sum = sum.checked_add(more).ok_or(SmapsError::Overflow { field, number })?;
         }
+        self.ksm = match (self.ksm, other.ksm) {
+            (Some(sum), Some(more)) => {
+                Some(sum.checked_add(more).ok_or(SmapsError::Overflow { field: "KSM", number })?)
+            }
+            _ => None,
+        };
         Ok(())
     }
 }

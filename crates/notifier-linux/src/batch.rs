@@ -883,7 +883,9 @@ impl<B: Bitmap> Run<'_, '_, B> {
         }
         let protection = matches!(step.deed, Deed::Protect(_));
         let before = &self.plan.before[step.before.clone()];
-        before.iter().fold(true, |all, before| self.put_back(step.region, before, protection, error) && all)
+        // All of them, also after one that failed.
+        let failed = before.iter().filter(|before| !self.put_back(step.region, before, protection, error)).count();
+        failed == 0
     }
 
     /// Puts back one piece.

@@ -126,12 +126,45 @@ fn guests_go_on_whatever_call_of_the_host_fails() {
 }
 
 #[test]
-fn what_a_run_cannot_begin_with_is_an_error() {
-    for call in [Call::OpenUserfaultfd, Call::UserfaultfdApi, Call::Register] {
-        let kernel =
-            Kernel::with_hook(move |this| if this == call { Err(io::Error::from_raw_os_error(1)) } else { Ok(()) });
+fn a_run_that_cannot_begin_says_why_and_one_that_can_is_safe() {
+    let smallest = options(&["--mem", "4M", "--seconds", "1"]);
+    let mut errors = 0;
+    for &call in Call::ALL {
+        let made = Arc::new(AtomicU64::new(0));
+        let kernel = Kernel::with_hook({
+            let made = Arc::clone(&made);
+            move |this| {
+                // The first time, and whoever asks again at once.
+                let first = this == call && made.fetch_add(1, Ordering::Relaxed) < 3;
+                if first { Err(io::Error::from_raw_os_error(12)) } else { Ok(()) }
+            }
+        });
         let _alone = alone();
-        let error = run_on(&kernel, &options(&["--mem", "4M", "--seconds", "1"]), &AtomicBool::new(false)).unwrap_err();
-        assert!(!error.to_string().contains('\n'), "{error}");
+        match run_on(&kernel, &smallest, &AtomicBool::new(false)) {
+            Err(Error::Backend(why)) => return println!("not run: {why}"),
+            Err(error) => {
+                assert!(made.load(Ordering::Relaxed) > 0, "{}: {error}", call.name());
+                assert_eq!(error.exit_code(), 1, "{}: {error}", call.name());
+                assert!(!error.to_string().contains('\n'), "{error}");
+                errors += 1;
+            }
+            Ok(report) => assert_eq!((report.lost_writes, report.stale_reads), (0, 0), "{}: {report}", call.name()),
+        }
     }
+    // RAM, or its fence, could not be made.
+    assert!(errors > 2);
+}
+
+#[test]
+fn left_open_the_back_end_is_kvm_where_that_can_be_had() {
+    let auto = Options::from_args(["dedup", "--mem", "4M", "--seconds", "1"]).unwrap();
+    let _alone = alone();
+    let report = run(&auto, &AtomicBool::new(false)).unwrap();
+    let kvm = run(&options(&["--mem", "4M", "--seconds", "1"]), &AtomicBool::new(false));
+    assert_eq!(report.backend, if kvm.is_ok() { "kvm" } else { "software" });
+    // It says why: KVM opens, or what is missing.
+    let text = report.to_string();
+    assert!(text.contains(&format!("{} (", report.backend)), "{text}");
+    let json = report.json().unwrap();
+    assert_eq!(json.contains("\"kvm_exits\":"), report.backend == "kvm", "{json}");
 }

@@ -13,7 +13,10 @@ use std::{
     },
 };
 
-use examples::dedup::{Options, Report, UsageError, run};
+use examples::{
+    dedup::{Options, Report, UsageError, run},
+    ksm::{Paths, SettingsError, restore_left_over},
+};
 
 fn main() -> ExitCode {
     let options = match Options::from_args(env::args_os()) {
@@ -27,6 +30,14 @@ fn main() -> ExitCode {
             return ExitCode::from(error.exit_code());
         }
     };
+    // A run of `side_by_side` that was killed leaves settings of the host changed. Whoever comes next puts them back.
+    match restore_left_over(&Paths::system()) {
+        Ok(None) | Err(SettingsError::Busy { .. }) => {}
+        // Settings that this user could not have changed, nor put back.
+        Err(SettingsError::Record { source, .. }) if source.kind() == io::ErrorKind::PermissionDenied => {}
+        Ok(Some(restored)) => eprintln!("dedup: {restored}"),
+        Err(error) => eprintln!("dedup: {error}"),
+    }
     let interrupt = Arc::new(AtomicBool::new(false));
     let handler = {
         let interrupt = Arc::clone(&interrupt);

@@ -95,7 +95,9 @@ mod fence;
 mod kernel;
 mod layout;
 mod pagemap;
+mod plan;
 mod ram;
+mod run;
 mod tripwire;
 mod uffd;
 

@@ -1,29 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which pages were written since they were last asked about, without stopping anybody.
-//!
-//! [`DirtyFilter`] arms memory with userfaultfd's asynchronous write protection (`UFFD_FEATURE_WP_ASYNC`, Linux 6.7): the
-//! first write to an armed page takes the protection off by itself, in the writer's fault, with no message and no wait
-//! (0.8 us or so). `PAGEMAP_SCAN` finds the pages whose protection is gone and arms them again, page by page under the page
-//! table's lock: 2 ns for a page that was not written.
-//!
-//! A scan that wants to know which pages are worth hashing asks this first. What it is not: a dirty log for migration of
-//! memory that is written past this mapping (see below), and a fence.
-//!
-//! # What counts as written
-//! - Writes through this mapping of this process: of threads, of the kernel on their behalf, and of KVM's vCPUs. A write
-//!   that ended before [`DirtyFilter::written`] is called is in its answer, or was in an earlier one. One that goes on
-//!   meanwhile is in this answer or the next; where it is only in this one, it is seen by reads after the return.
-//! - What was [readmitted](DirtyFilter::readmit).
-//! - Everything that an answer which failed might have held.
-//! - A page that was dropped (`MADV_DONTNEED`, a hole punched): in anonymous memory the protection goes with it, and it
-//!   may count, or not until it is touched again, if only for reading. Whoever drops pages knows which.
-//!
-//! Writes through other mappings of the same memory and through pins (registered buffers of io_uring, VFIO) do not count.
-//!
-//! # One userfaultfd only
-//! A mapping is in one userfaultfd at most. Where a [`WriteFence`](crate::WriteFence) has it, this is refused with
-//! [`RegisterError::Busy`], and the other way round. Who needs the fence finds stable pages by hashing them twice,
-//! or asks KVM's dirty log (`KVM_GET_DIRTY_LOG`) about the guest's own writes.
+//! Which pages were written since they were last asked about. What counts as written is on [`DirtyFilter`].
 use std::{fmt, io};
 
 use linux_raw_sys::general::{
@@ -87,10 +63,37 @@ pub enum DirtyError {
     },
 }
 
-/// Knows which pages were written since they were last asked about. See the module's page for what counts.
+/// Knows which pages were written since they were last asked about, without stopping anybody.
+///
+/// The filter arms memory with userfaultfd's asynchronous write protection (`UFFD_FEATURE_WP_ASYNC`, Linux 6.7): the
+/// first write to an armed page takes the protection off by itself, in the writer's fault, with no message and no wait
+/// (0.8 us or so). `PAGEMAP_SCAN` finds the pages whose protection is gone and arms them again, page by page under the
+/// page table's lock: 2 ns for a page that was not written.
+///
+/// A scan that wants to know which pages are worth hashing asks this first. It is no fence, and it is no dirty log
+/// where memory is written past this mapping (see below).
+///
+/// # What counts as written
+/// - Writes through this mapping of this process: of threads, of the kernel on their behalf, and of KVM's vCPUs. A
+///   write that ended before [`DirtyFilter::written`] is called is in its answer, or was in an earlier one. One that
+///   goes on meanwhile is in this answer or the next; where it is only in this one, it is seen by reads after the
+///   return.
+/// - What was [readmitted](DirtyFilter::readmit).
+/// - Everything that an answer which failed might have held.
+/// - A page that was dropped (`MADV_DONTNEED`, a hole punched): in anonymous memory the protection goes with it, and it
+///   may count, or not until it is touched again, if only for reading. Whoever drops pages knows which.
+///
+/// Writes through other mappings of the same memory and through pins (registered buffers of io_uring, VFIO) do not
+/// count.
+///
+/// # One userfaultfd only
+/// A mapping is in one userfaultfd at most. Where a [`WriteFence`](crate::WriteFence) has it, this is refused with
+/// [`RegisterError::Busy`], and the other way round. Who needs the fence finds stable pages by hashing them twice,
+/// or asks KVM's dirty log (`KVM_GET_DIRTY_LOG`) about the guest's own writes.
 ///
 /// Threads may ask at the same time; of those that ask about the same page, one is told.
 ///
+/// # Example
 /// ```
 /// use notifier_core::{AddrRange, Hva};
 /// use notifier_linux::{DirtyError, DirtyFilter, Kernel, RegisterError};
@@ -121,14 +124,14 @@ impl fmt::Debug for DirtyFilter {
 }
 
 impl DirtyFilter {
-    /// A filter for `ranges`, from now on: nothing counts as written yet. With this feature Linux takes any kind of memory,
-    /// also private mappings of files on disks. Page tables are made for all of it (8 bytes a page).
+    /// A filter for `ranges`, from now on: nothing counts as written yet. With this feature Linux takes any kind of
+    /// memory, also private mappings of files on disks. Page tables are made for all of it (8 bytes a page).
     ///
     /// # Errors
     /// [`DirtyError::Register`]: the kernel lacks userfaultfd, the right to use it, asynchronous protection or
-    /// `PAGEMAP_SCAN` ([`RegisterError::Missing`]); memory that it does not take ([`RegisterError::Unfit`]) or that is in
-    /// another userfaultfd ([`RegisterError::Busy`]); [`RegisterError::Unaligned`]. [`DirtyError::Call`] where arming
-    /// failed. Nothing is registered then.
+    /// `PAGEMAP_SCAN` ([`RegisterError::Missing`]); memory that it does not take ([`RegisterError::Unfit`]) or that is
+    /// in another userfaultfd ([`RegisterError::Busy`]); [`RegisterError::Unaligned`]. [`DirtyError::Call`] where
+    /// arming failed. Nothing is registered then.
     pub fn new(kernel: &Kernel, ranges: &[HvaRange]) -> Result<Self, DirtyError> {
         let this = Self { uffd: Uffd::new(kernel, FEATURES, ranges)?, pending: Mutex::default() };
         for &range in this.uffd.ranges() {
@@ -153,12 +156,13 @@ impl DirtyFilter {
         self.uffd.ranges()
     }
 
-    /// The pages of `range` that were written since they were last asked about, ascending, those that touch joined; they
-    /// are armed again, each at the moment it is found.
+    /// The pages of `range` that were written since they were last asked about, ascending, those that touch joined;
+    /// they are armed again, each at the moment it is found.
     ///
     /// # Errors
-    /// [`DirtyError::Unaligned`], [`DirtyError::Foreign`]: nothing was done. [`DirtyError::Lapsed`], [`DirtyError::Call`]:
-    /// nothing is lost, for whatever was found, and whatever was not reached, counts as written in the next answer.
+    /// [`DirtyError::Unaligned`], [`DirtyError::Foreign`]: nothing was done. [`DirtyError::Lapsed`],
+    /// [`DirtyError::Call`]: nothing is lost, for whatever was found, and whatever was not reached, counts as written
+    /// in the next answer.
     pub fn written(&self, range: HvaRange) -> Result<Vec<HvaRange>, DirtyError> {
         self.check(range)?;
         let mut found = self.take_pending(range);
@@ -177,8 +181,8 @@ impl DirtyFilter {
         }
     }
 
-    /// As [`DirtyFilter::written`], but for what it returns: the pages of `range` that were *not* written since they were
-    /// last asked about. Those that were are armed again, and are in no later answer.
+    /// As [`DirtyFilter::written`], but for what it returns: the pages of `range` that were *not* written since they
+    /// were last asked about. Those that were are armed again, and are in no later answer.
     ///
     /// # Errors
     /// Those of [`DirtyFilter::written`].
@@ -260,7 +264,8 @@ impl DirtyFilter {
             arg.return_mask = u64::from(PAGE_IS_WRITTEN);
             let count = match self.uffd.kernel().scan_pagemap(&mut arg, &mut regions) {
                 Ok(count) => count,
-                // What stands here now is not protected asynchronously (`pagemap_scan_test_walk` in fs/proc/task_mmu.c).
+                // What stands here now is not protected asynchronously (`pagemap_scan_test_walk` in
+                // fs/proc/task_mmu.c).
                 Err(error) if Errno::from_io_error(&error) == Some(Errno::PERM) => {
                     let address = self.lapsed(*reached, range.end()).unwrap_or(*reached);
                     return Err(DirtyError::Lapsed { address });

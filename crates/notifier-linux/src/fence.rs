@@ -1,49 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A fence against writers: they wait, and no write is lost.
-//!
-//! Between comparing two pages and mapping one over the other, a write to the page that goes is lost. [`WriteFence`]
-//! closes that gap with userfaultfd's write protection (`Documentation/admin-guide/mm/userfaultfd.rst`):
-//!
-//! ```text
-//! arm(range)      writers of the range wait from here on
-//! compare         what is read now stays so
-//! mmap over       drops the registration and the protection of what was mapped; wakes nobody
-//! readmit(range)  registers what is mapped now
-//! wake(range)     whoever waits tries again, and writes to what is mapped now
-//! lift(range)     instead, where nothing was mapped over: writers go on
-//! ```
-//!
-//! # Who is stopped
-//! From the return of [`WriteFence::arm`] on, every store through *this mapping* of *this process*: of threads, of the
-//! kernel on their behalf (`read(2)` into the range, say: it sleeps inside the system call), and of KVM's vCPUs. Arming
-//! takes the right to write out of the page tables and tells the MMU notifiers (`change_protection` in mm/mprotect.c), so
-//! that a vCPU that had the page writable in its secondary table faults; it then waits inside `KVM_RUN`, without an exit.
-//! A store that was made before `arm` returned is seen by every read after it. Reads go on.
-//!
-//! A store is stopped before it happens, at each page by itself: one that crosses into an armed page may have been done
-//! in part on the page before.
-//!
-//! # Who is not
-//! - Other mappings of the same memory: of other processes (vhost-user back ends, and a forked child: fork leaves the
-//!   registration behind), and a second mapping of the memfd in this process.
-//! - Pins: whoever holds the page itself (registered buffers of io_uring, VFIO) writes past every page table.
-//! - `MADV_DONTNEED`, hole punching and truncation: the page goes, armed or not. In file mappings the protection stays
-//!   behind as a marker; in anonymous memory it does not.
-//!
-//! # Pages that are not there
-//! Arming covers them, with a marker in the page table. Whoever writes to one waits like everybody else, but the page is
-//! made *first*, by the writer's own fault: a page of zeros in anonymous memory, a page of the file in a shared mapping,
-//! and in a private mapping of a file the *private copy*. So where somebody waits for a private page that nobody had read
-//! before, [`PageState::file`](crate::PageState::file) is already false; the contents are still those of the file.
-//!
-//! # Who handles the waiters
-//! Whoever arms lifts: waiters need no handler where each `arm` is followed by a `lift`, or by `readmit` and `wake`. Handler
-//! threads ([`WriteFence::next`]) are for those who arm and let the first writer decide.
-//!
-//! **A handler never waits for a scope, a window, a lock or a thread that could itself wait at the fence.** A walker that
-//! stores to guest memory inside its scope waits at the fence until the handler lifts; a handler that opens a window waits
-//! for that scope: neither ever goes on. The handler lifts, or hands the work to another thread and lifts.
-//! For the same reason it writes to no fenced memory itself.
+//! A fence against writers: they wait, and no write is lost. The argument is on [`WriteFence`].
 use std::{
     fmt, io,
     sync::atomic::{AtomicBool, Ordering},
@@ -127,18 +83,65 @@ pub struct Waiter {
     pub address: Hva,
 }
 
-/// Stops whoever writes to given memory, page by page, until it is let go on. See the module's page for who is stopped and
-/// who is not.
+/// Stops whoever writes to given memory, page by page, until it is let go on: writers wait, and no write is lost.
 ///
+/// Between comparing two pages and mapping one over the other, a write to the page that goes is lost. The fence closes
+/// that gap with userfaultfd's write protection (`Documentation/admin-guide/mm/userfaultfd.rst`):
+///
+/// ```text
+/// arm(range)      writers of the range wait from here on
+/// compare         what is read now stays so
+/// mmap over       drops the registration and the protection of what was mapped; wakes nobody
+/// readmit(range)  registers what is mapped now
+/// wake(range)     whoever waits tries again, and writes to what is mapped now
+/// lift(range)     instead, where nothing was mapped over: writers go on
+/// ```
+///
+/// # Who is stopped
+/// From the return of [`WriteFence::arm`] on, every store through *this mapping* of *this process*: of threads, of the
+/// kernel on their behalf (`read(2)` into the range, say: it sleeps inside the system call), and of KVM's vCPUs.
+/// Arming takes the right to write out of the page tables and tells the MMU notifiers (`change_protection` in
+/// mm/mprotect.c), so that a vCPU that had the page writable in its secondary table faults; it then waits inside
+/// `KVM_RUN`, without an exit. A store that was made before `arm` returned is seen by every read after it. Reads go
+/// on.
+///
+/// A store is stopped before it happens, at each page by itself: one that crosses into an armed page may have been done
+/// in part on the page before.
+///
+/// # Who is not
+/// - Other mappings of the same memory: of other processes (vhost-user back ends, and a forked child: fork leaves the
+///   registration behind), and a second mapping of the memfd in this process.
+/// - Pins: whoever holds the page itself (registered buffers of io_uring, VFIO) writes past every page table.
+/// - `MADV_DONTNEED`, hole punching and truncation: the contents go, armed or not. In mappings of files the protection
+///   stays behind as a marker, and in anonymous memory it goes with the page (`zap_install_uffd_wp_if_needed` in
+///   mm/memory.c): whoever drops armed anonymous pages arms them again.
+///
+/// # Pages that are not there
+/// Arming covers them, with a marker in the page table. Whoever writes to one waits like everybody else, but the page
+/// is made *first*, by the writer's own fault: a page of zeros in anonymous memory, a page of the file in a shared
+/// mapping, and in a private mapping of a file the *private copy*. So where somebody waits for a private page that
+/// nobody had read before, [`PageState::file`](crate::PageState::file) is already false; the contents are still those
+/// of the file.
+///
+/// # Who handles the waiters
+/// Whoever arms lifts: waiters need no handler where each `arm` is followed by a `lift`, or by `readmit` and `wake`.
+/// Handler threads ([`WriteFence::next`]) are for those who arm and let the first writer decide.
+///
+/// **A handler never waits for a scope, a window, a lock or a thread that could itself wait at the fence.** A walker
+/// that stores to guest memory inside its scope waits at the fence until the handler lifts; a handler that opens a
+/// window waits for that scope: neither ever goes on. The handler lifts, or hands the work to another thread and
+/// lifts. For the same reason it writes to no fenced memory itself.
+///
+/// # State, and the end
 /// Each page is either armed or not; there is no count. Whoever arms a page that is armed arms it once.
 ///
 /// Dropping the fence lets everybody go on: the protections are taken off, the registrations go, and all waiters are
-/// woken. The kernel does that too where the process ends. The ranges stay mapped while the fence lives (mapping over them
-/// is what it is for); where they were unmapped, and somebody else registered other memory at the same addresses, the
-/// drop would take that registration off, on kernels before the one that checks whose it is.
+/// woken. The kernel does that too where the process ends. The ranges stay mapped while the fence lives (mapping over
+/// them is what it is for): had they been unmapped, and had somebody else registered other memory at the same
+/// addresses, the drop would take that registration off on kernels that do not ask whose it is.
 ///
+/// # Example
 /// ```
-/// # use std::{io::Error, time::Duration};
 /// use notifier_core::{AddrRange, Hva};
 /// use notifier_linux::{FenceError, Kernel, RegisterError, WriteFence};
 /// use vm_memory::MmapRegion;
@@ -170,8 +173,8 @@ impl fmt::Debug for WriteFence {
 }
 
 impl WriteFence {
-    /// A fence for `ranges`: anonymous memory, memfd and tmpfs (shared or private), hugetlbfs. Nothing is armed. Bytes of
-    /// a range where nothing is mapped are left out until [`WriteFence::readmit`].
+    /// A fence for `ranges`: anonymous memory, memfd and tmpfs (shared or private), hugetlbfs. Nothing is armed. Bytes
+    /// of a range where nothing is mapped are left out until [`WriteFence::readmit`].
     ///
     /// # Errors
     /// [`FenceError::Register`]: the kernel lacks userfaultfd, the right to use it, or a feature
@@ -193,8 +196,8 @@ impl WriteFence {
     ///
     /// # Errors
     /// [`FenceError::Unaligned`], [`FenceError::Foreign`]: nothing was done. [`FenceError::Lapsed`]: all of it is
-    /// armed, but for what was mapped over. [`FenceError::Call`] (no memory for page tables, mostly): a part of it may be
-    /// armed. In the last two cases [`WriteFence::lift`] of the range takes it back.
+    /// armed, but for what was mapped over. [`FenceError::Call`] (no memory for page tables, mostly): a part of it may
+    /// be armed. In the last two cases [`WriteFence::lift`] of the range takes it back.
     pub fn arm(&self, range: HvaRange) -> Result<(), FenceError> {
         self.check(range)?;
         self.uffd.protect(range, true).map_err(|error| told(error, Call::WriteProtect))
@@ -203,9 +206,9 @@ impl WriteFence {
     /// On return `range` can be written again, and whoever waited goes on.
     ///
     /// # Errors
-    /// [`FenceError::Unaligned`], [`FenceError::Foreign`]: nothing was done. [`FenceError::Lapsed`]: all of it is lifted
-    /// and every waiter woken; a part of it was mapped over and cannot have been armed. [`FenceError::Call`]: a part of
-    /// it may still be armed, and its writers wait.
+    /// [`FenceError::Unaligned`], [`FenceError::Foreign`]: nothing was done. [`FenceError::Lapsed`]: all of it is
+    /// lifted and every waiter woken; a part of it was mapped over and cannot have been armed. [`FenceError::Call`]: a
+    /// part of it may still be armed, and its writers wait.
     pub fn lift(&self, range: HvaRange) -> Result<(), FenceError> {
         self.check(range)?;
         self.uffd.protect(range, false).or_else(|error| {
@@ -235,8 +238,8 @@ impl WriteFence {
         self.uffd.wake(range).map_err(|source| FenceError::Call { call: Call::Wake, range, source })
     }
 
-    /// The next one who waits; `None` at the timeout, or once the fence is stopped. Each is told once, to one caller: who
-    /// takes it sees to it that it is lifted or woken. Who was lifted before it was told is never told.
+    /// The next one who waits; `None` at the timeout, or once the fence is stopped. Each is told once, to one caller:
+    /// who takes it sees to it that it is lifted or woken. Who was lifted before it was told is never told.
     ///
     /// # Errors
     /// [`FenceError::Wait`]: no message was lost.
@@ -257,8 +260,8 @@ impl WriteFence {
         Ok(into.len() - before)
     }
 
-    /// From now on every [`WriteFence::next`] returns `None`, and those that wait return. What is armed stays armed, and
-    /// waiters wait.
+    /// From now on every [`WriteFence::next`] returns `None`, and those that wait return. What is armed stays armed,
+    /// and waiters wait.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::SeqCst);
         self.stop.signal();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the kernel's page tables say of memory: is a page there, is it still the file's.
 //!
-//! From `/proc/self/pagemap` (`Documentation/admin-guide/mm/pagemap.rst`): 34 ns a page in bulk. Page frame numbers are not
-//! among it; they need a privilege, and the rest does not.
+//! From `/proc/self/pagemap` (`Documentation/admin-guide/mm/pagemap.rst`): 34 ns a page in bulk. Page frame numbers
+//! are not among it; they need a privilege, and the rest does not.
 use std::io;
 
 use notifier_core::HvaRange;
@@ -44,8 +44,8 @@ pub enum PageMapError {
 pub struct PageState {
     /// The page is mapped (bit 63).
     pub present: bool,
-    /// It is swapped out (bit 62). A marker that userfaultfd left where no page is (an armed page of a file that was not
-    /// read yet) is shown like that too.
+    /// It is swapped out (bit 62). A marker that userfaultfd left where no page is (an armed page of a file that was
+    /// not read yet) is shown like that too.
     pub swapped: bool,
     /// It is a page of a file, or of shared anonymous memory (bit 61): in a private mapping, not a private copy.
     pub file: bool,
@@ -81,8 +81,8 @@ impl PageState {
 pub struct PageMap;
 
 impl PageMap {
-    /// The state of each page of `range`, in order, in the place of what `into` held. Each is true of its own moment. Where
-    /// nothing is mapped, nothing is set.
+    /// The state of each page of `range`, in order, in the place of what `into` held. Each is true of its own moment.
+    /// Where nothing is mapped, nothing is set.
     ///
     /// # Errors
     /// [`PageMapError::Unaligned`], [`PageMapError::Read`]; `into` is then empty.

@@ -1,35 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Reports changes of host memory that somebody made without a window.
-//!
-//! The protocol works because whoever changes memory opens a window first. A library that drops pages by itself, or a call
-//! that was forgotten, leaves every secondary with translations of pages that are somebody else's. [`Tripwire`] finds such
-//! changes with userfaultfd's events, says what changed, and zaps the secondaries. It is for development, and for whoever
-//! cannot see all code in the process. It is no substitute for windows: see what it cannot see, and when it comes.
-//!
-//! # What it sees, and when
-//! | change | kind | what lies there when it is told |
-//! |---|---|---|
-//! | `madvise` with `MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE` | [`Removed`](ChangeKind::Removed) | the old page, still; nothing tells when it goes |
-//! | `munmap`, `mmap` over | [`Unmapped`](ChangeKind::Unmapped) | nothing, or the new mapping |
-//! | `mremap` | [`Moved`](ChangeKind::Moved), and then [`Unmapped`](ChangeKind::Unmapped) unless with `MREMAP_DONTUNMAP` | as above |
-//!
-//! Whoever makes the change waits inside its system call until the message is read, which a thread of the tripwire does at
-//! once (20 to 50 us), and then goes on: the window is opened *after* that, on a second thread. It cannot be opened
-//! before, for the change may be made inside a scope, which the window would wait for. So a secondary uses the old page for
-//! a moment longer than it should. After it, it does not.
-//!
-//! # What it does not see
-//! - `mprotect`;
-//! - holes punched in the file, and its truncation, through the descriptor;
-//! - anything done through a second mapping of the same file, in this process or another;
-//! - `MADV_COLD` and `MADV_PAGEOUT`, and the kernel's own reclaim, migration and merging (which keep the contents);
-//! - `fork`. There is an event for it (`UFFD_FEATURE_EVENT_FORK`), which is not asked for: the C library forks with its
-//!   allocator's locks held, the call waits until the event is read, and a reader that allocates waits for the locks;
-//! - what is mapped over a range, until [`Tripwire::readmit`].
-//!
-//! # One userfaultfd only
-//! A mapping is in one userfaultfd at most: memory of a [`WriteFence`](crate::WriteFence) or a
-//! [`DirtyFilter`](crate::DirtyFilter) is refused with [`RegisterError::Busy`].
+//! Reports changes of host memory that somebody made without a window. What it sees, and when, is on [`Tripwire`].
 use std::{
     fmt, io,
     panic::{AssertUnwindSafe, catch_unwind},
@@ -124,9 +94,10 @@ pub struct Tripped {
     /// Whether the kernel told before it changed anything ([`ChangeKind::Removed`]). The change did not wait for the
     /// window all the same.
     pub in_time: bool,
-    /// Whether the window is known to have closed after the change: always, where it was made before it was told. Removed
-    /// pages have to be seen absent while the window is open; they are not where somebody touches them at once, or where
-    /// the kernel takes its time (`MADV_FREE`). A secondary that faulted one in after the window may then be stale.
+    /// Whether the window is known to have closed after the change: always, where it was made before it was told.
+    /// Removed pages have to be seen absent while the window is open; they are not where somebody touches them at
+    /// once, or where the kernel takes its time (`MADV_FREE`). A secondary that faulted one in after the window may
+    /// then be stale.
     pub settled: bool,
     /// Whether a window was opened over the range, and nobody translates what was there.
     pub secondaries: Result<(), OpenError>,
@@ -142,12 +113,45 @@ struct Shared {
     failures: AtomicU64,
 }
 
-/// Watches memory for changes that nobody announced. See the module's page for what it sees, and when.
+/// Watches memory for changes that nobody announced.
 ///
+/// The protocol works because whoever changes memory opens a window first. A library that drops pages by itself, or a
+/// call that was forgotten, leaves every secondary with translations of pages that are somebody else's. This finds
+/// such changes with userfaultfd's events, says what changed, and zaps the secondaries. It is for development, and for
+/// whoever cannot see all code in the process. It is no substitute for windows: see what it cannot see, and when it
+/// comes.
+///
+/// # What it sees, and when
+/// | change | kind | what lies there when it is told |
+/// |---|---|---|
+/// | `madvise` with `MADV_DONTNEED`, `MADV_FREE`, `MADV_REMOVE` | [`Removed`](ChangeKind::Removed) | the old page, still; nothing tells when it goes |
+/// | `munmap`, `mmap` over | [`Unmapped`](ChangeKind::Unmapped) | nothing, or the new mapping |
+/// | `mremap` | [`Moved`](ChangeKind::Moved), and then [`Unmapped`](ChangeKind::Unmapped) unless with `MREMAP_DONTUNMAP` | as above |
+///
+/// Whoever makes the change waits inside its system call until the message is read, which a thread of the tripwire
+/// does at once (20 to 50 us), and then goes on: the window is opened *after* that, on a second thread. It cannot be
+/// opened before, for the change may be made inside a scope, which the window would wait for. So a secondary uses the
+/// old page for a moment longer than it should; after the window it does not, if [`Tripped::settled`] says so.
+///
+/// # What it does not see
+/// - `mprotect`;
+/// - holes punched in the file, and its truncation, through the descriptor;
+/// - anything done through a second mapping of the same file, in this process or another;
+/// - `MADV_COLD` and `MADV_PAGEOUT`, and the kernel's own reclaim, migration and merging (which keep the contents);
+/// - `fork`. There is an event for it (`UFFD_FEATURE_EVENT_FORK`), which is not asked for: the C library forks with its
+///   allocator's locks held, the call waits until the event is read, and a reader that allocates waits for the locks;
+/// - what is mapped over a range, until [`Tripwire::readmit`].
+///
+/// # One userfaultfd only
+/// A mapping is in one userfaultfd at most: memory of a [`WriteFence`](crate::WriteFence) or a
+/// [`DirtyFilter`](crate::DirtyFilter) is refused with [`RegisterError::Busy`].
+///
+/// # Threads
 /// The reports come on a thread of the tripwire, one at a time. Dropping the tripwire ends the threads (it waits for a
 /// report in progress, unless it is dropped by that) and frees whoever waits for a message to be read. What it has
 /// read by then is reported.
 ///
+/// # Example
 /// ```
 /// use std::sync::mpsc;
 /// use notifier_core::{AddrRange, Hva, Space};
@@ -208,12 +212,12 @@ impl Drop for Expected<'_> {
 }
 
 impl Tripwire {
-    /// Watches `ranges` from now on, and hands every unexpected change to `on_trip`, after the window over it in `space` was
-    /// opened and closed. A panic in `on_trip` is caught, and the next report comes all the same.
+    /// Watches `ranges` from now on, and hands every unexpected change to `on_trip`, after the window over it in
+    /// `space` was opened and closed. A panic in `on_trip` is caught, and the next report comes all the same.
     ///
     /// # Errors
-    /// [`TripwireError::Register`] (as for [`WriteFence::new`](crate::WriteFence::new)), [`TripwireError::Thread`]. Nothing
-    /// is registered then.
+    /// [`TripwireError::Register`] (as for [`WriteFence::new`](crate::WriteFence::new)), [`TripwireError::Thread`].
+    /// Nothing is registered then.
     pub fn new(
         space: &Space,
         kernel: &Kernel,
@@ -254,8 +258,8 @@ impl Tripwire {
         self.shared.uffd.ranges()
     }
 
-    /// Changes of `range` are expected while the returned guard lives: for whoever makes them inside a window. The guard
-    /// is dropped after the changing call has returned.
+    /// Changes of `range` are expected while the returned guard lives: for whoever makes them inside a window. The
+    /// guard is dropped after the changing call has returned.
     pub fn expect(&self, range: HvaRange) -> Expected<'_> {
         self.shared.expected.lock().push(range);
         Expected { shared: &self.shared, range }
@@ -276,8 +280,8 @@ impl Tripwire {
         Ok(self.shared.uffd.register(range)?)
     }
 
-    /// How often waiting for messages, or reading them, failed. It is tried again each time; whoever made a change waits
-    /// meanwhile.
+    /// How often waiting for messages, or reading them, failed. It is tried again each time; whoever made a change
+    /// waits meanwhile.
     pub fn failures(&self) -> u64 {
         self.shared.failures.load(Ordering::Relaxed)
     }
@@ -333,8 +337,8 @@ impl Shared {
     fn read(&self, trips: &mpsc::Sender<(HvaRange, ChangeKind)>) -> io::Result<()> {
         let mut messages = no_messages::<BATCH>();
         loop {
-            // Reading releases whoever made the change, who may then drop its guard: the guard waits for this lock until
-            // the change was judged.
+            // Reading releases whoever made the change, who may then drop its guard: the guard waits for this lock
+            // until the change was judged.
             let expected = self.expected.lock();
             let read = insist(|| self.uffd.kernel().read_messages(self.uffd.fd(), &mut messages))?;
             for message in messages[..read].iter().filter_map(Message::parse) {
@@ -377,8 +381,8 @@ impl Shared {
         let (settled, secondaries) = match self.open(range) {
             Ok(window) => {
                 let settled = !in_time || self.has_gone(range);
-                // Where it cannot be closed it stays in progress, which the space's reaper looks after; nobody translates
-                // the range meanwhile.
+                // Where it cannot be closed it stays in progress, which the space's reaper looks after; nobody
+                // translates the range meanwhile.
                 let _ = window.close();
                 (settled, Ok(()))
             }

@@ -2,8 +2,8 @@
 //! What the three users of userfaultfd in this crate share: opening one, registering memory with it, leaving again.
 //!
 //! A stretch of memory belongs to one userfaultfd at most (Linux keeps one `vm_userfaultfd_ctx` per mapping), so that
-//! [`WriteFence`](crate::WriteFence), [`DirtyFilter`](crate::DirtyFilter) and [`Tripwire`](crate::Tripwire) exclude each
-//! other on the same mapping: the second one gets [`RegisterError::Busy`].
+//! [`WriteFence`](crate::WriteFence), [`DirtyFilter`](crate::DirtyFilter) and [`Tripwire`](crate::Tripwire) exclude
+//! each other on the same mapping: the second one gets [`RegisterError::Busy`].
 
 use std::{
     io,
@@ -108,8 +108,8 @@ impl Message {
     /// Reads one; `None` where it is of a kind that nobody here asked for.
     pub(crate) fn parse(message: &uffd_msg) -> Option<Self> {
         let arg = message.arg;
-        // SAFETY: every field of the union is plain integers of the same 24 bytes, which the kernel wrote (it clears the
-        // whole message first: `msg_init` in fs/userfaultfd.c); the event says which of them is meant.
+        // SAFETY: every field of the union is plain integers of the same 24 bytes, which the kernel wrote (it clears
+        // the whole message first: `msg_init` in fs/userfaultfd.c); the event says which of them is meant.
         let (fault, remove, remap) = unsafe { (arg.pagefault, arg.remove, arg.remap) };
         let range = |start, end| AddrRange::new(Hva::new(start), Hva::new(end)).ok();
         match u32::from(message.event) {
@@ -194,8 +194,8 @@ impl Uffd {
 
     /// Write-protects (or not any more) what is registered of `range`, whatever else lies in it.
     ///
-    /// The kernel goes through the mappings in ascending order and stops with ENOENT at the first that is not registered
-    /// (`mwriteprotect_range` in mm/userfaultfd.c). Halving finds it, and does the rest.
+    /// The kernel goes through the mappings in ascending order and stops with ENOENT at the first that is not
+    /// registered (`mwriteprotect_range` in mm/userfaultfd.c). Halving finds it, and does the rest.
     pub(crate) fn protect(&self, range: HvaRange, on: bool) -> Result<(), ProtectError> {
         let attempt = |piece| match on {
             true => insist(|| self.kernel.write_protect(self.fd(), piece)),
@@ -249,9 +249,9 @@ pub(crate) enum ProtectError {
 
 impl Drop for Uffd {
     fn drop(&mut self) {
-        // Closing alone does all of it (`userfaultfd_release`: entries are made writable, registrations go, everybody is
-        // woken), but not while a forked child still has the descriptor. Unregistering makes writable, and wakes nobody
-        // who waits for a write (`userfaultfd_unregister` wakes for missing pages only).
+        // Closing alone does all of it (`userfaultfd_release`: entries are made writable, registrations go, everybody
+        // is woken), but not while a forked child still has the descriptor. Unregistering makes writable, and wakes
+        // nobody who waits for a write (`userfaultfd_unregister` wakes for missing pages only).
         for &range in &self.ranges {
             // Nobody is left to be told, and closing is still to come.
             let _ = self.kernel.unregister(self.fd(), range);

@@ -446,3 +446,29 @@ fn a_fence_is_for_many_threads() {
     fn shared<T: Send + Sync>() {}
     shared::<WriteFence>();
 }
+
+#[test]
+fn what_is_dropped_stays_armed_in_mappings_of_files_alone() {
+    for kind in KINDS {
+        let memory = Mapping::new(kind, 1);
+        let Some(fence) = fence(&[memory.range()]) else { return };
+        memory.set(0, 1);
+        fence.arm(memory.range()).unwrap();
+        let (at, len) = (memory.pointer(memory.range()), page_size() as usize);
+        // SAFETY: the mapping's contents may change at any time.
+        unsafe { rustix::mm::madvise(at, len, rustix::mm::Advice::LinuxDontNeed) }.unwrap();
+        if kind == Kind::Anonymous {
+            memory.set(0, 7);
+            assert_eq!(fence.next(Duration::ZERO).unwrap(), None);
+            continue;
+        }
+        let armed_and_absent = memory.state(0);
+        assert!(armed_and_absent.write_protected && !armed_and_absent.present, "{kind:?}: {armed_and_absent:?}");
+        thread::scope(|scope| {
+            scope.spawn(|| memory.set(0, 7));
+            fence.next(LONG).unwrap().unwrap();
+            fence.lift(memory.range()).unwrap();
+        });
+        assert_eq!(memory.get(0), 7);
+    }
+}

@@ -52,7 +52,8 @@ fn discard(memory: &Mapping, range: HvaRange) {
 fn move_page(from: &Mapping, page: u64, to: &Mapping, to_page: u64) {
     let (size, flags) = (page_size() as usize, MremapFlags::MAYMOVE);
     let to = to.pointer(to.page(to_page));
-    // SAFETY: both mappings' contents may change at any time; what is left behind is unmapped, and unmapped again later.
+    // SAFETY: both mappings' contents may change at any time; what is left behind is unmapped, and unmapped again
+    // later.
     unsafe { rustix::mm::mremap_fixed(from.pointer(from.page(page)), size, size, flags, to) }.unwrap();
 }
 

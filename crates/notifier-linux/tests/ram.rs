@@ -619,3 +619,55 @@ fn the_layout_is_true_whoever_changes_what_at_the_same_time() {
         }
     }
 }
+
+/// One thread has replaced page 4, and is held up in the middle of the rest of its batch. What another thread does with
+/// `page` meanwhile; `patient` is how long the first one waits for it, if not for ever.
+fn while_another_is_in_the_middle(page: u64, patient: Option<std::time::Duration>) -> (Bench, [Arc<std::fs::File>; 2]) {
+    let bench = Bench::new(Kind::Anonymous);
+    let files = [filled(100, 8), filled(150, 8)];
+    let (go, gone) = std::sync::mpsc::channel();
+    let (done, other_is_done) = std::sync::mpsc::channel();
+    let other_is_done = std::sync::Mutex::new(other_is_done);
+    bench.log.answer(move |call| {
+        if call == Call::Protect {
+            go.send(()).unwrap();
+            let other_is_done = other_is_done.lock().unwrap();
+            match patient {
+                Some(patient) => drop(other_is_done.recv_timeout(patient)),
+                None => other_is_done.recv().unwrap(),
+            }
+        }
+        Ok(())
+    });
+    std::thread::scope(|threads| {
+        let (bench, files) = (&bench, &files);
+        threads.spawn(move || {
+            let batch = bench.ram.batch().replace(page_at(4), &source(&files[0], 0), PAGE);
+            batch.protect(guest(20, 1), Access::READ).run().unwrap();
+        });
+        threads.spawn(move || {
+            gone.recv().unwrap();
+            bench.ram.replace(page_at(page), &source(&files[1], 0), PAGE).unwrap();
+            // Nobody may be waiting any more.
+            let _ = done.send(());
+        });
+    });
+    (bench, files)
+}
+
+#[test]
+fn who_wants_a_page_that_another_is_changing_comes_after() {
+    let (bench, files) = while_another_is_in_the_middle(4, Some(std::time::Duration::from_millis(50)));
+    bench.assert_true();
+    let backing = bench.ram.backing_at(page_at(4));
+    assert!(matches!(&backing, Some(Backing::Replaced { file, .. }) if Arc::ptr_eq(file, &files[1])), "{backing:?}");
+    assert_eq!(bench.read(4), contents(150));
+}
+
+#[test]
+fn who_wants_another_page_does_not_wait() {
+    // Waits for ever where it has to wait.
+    let (bench, _) = while_another_is_in_the_middle(5, None);
+    bench.assert_true();
+    assert_eq!((bench.read(4), bench.read(5)), (contents(100), contents(150)));
+}

@@ -10,7 +10,7 @@ use notifier_core::{Access, OutputAddr, Walker};
 use super::{
     error::Error,
     guest::Guest,
-    ledger::STAMP,
+    ledger::StampPiece,
     mapping::gpa,
     memory::{Frames, PAGE, PageBytes},
     table::Walk,
@@ -94,6 +94,6 @@ impl Agent for Walking<'_> {
 }
 
 /// Writes pieces of the page that lies at `at`.
-pub(crate) fn write_pieces(frames: &Frames, at: OutputAddr, pieces: &[(usize, [u8; STAMP])]) -> Result<(), Error> {
+pub(crate) fn write_pieces(frames: &Frames, at: OutputAddr, pieces: &[StampPiece]) -> Result<(), Error> {
     pieces.iter().try_for_each(|(offset, bytes)| frames.write(at.wrapping_add(*offset as u64), bytes))
 }

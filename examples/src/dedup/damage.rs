@@ -12,7 +12,7 @@
 use super::{
     access::{Agent, Piece},
     error::Error,
-    ledger::{Claim, Expected, STAMP, Stamp, Verdict},
+    ledger::{Claim, Expected, Stamp, StampPiece, Verdict},
     memory::PageBytes,
 };
 
@@ -79,7 +79,7 @@ pub(crate) trait Checking: Agent {
     fn stamp(&mut self, stampings: Vec<Stamping<'_>>) -> Result<(), Error> {
         let claimed: Vec<_> = stampings.iter().map(|s| (s.page, &s.claim)).collect();
         self.check_claimed(&claimed)?;
-        let bytes: Vec<(usize, Vec<(usize, [u8; STAMP])>)> =
+        let bytes: Vec<(usize, Vec<StampPiece>)> =
             stampings.iter().map(|s| (s.page, s.claim.pieces(s.stamp))).collect();
         let pieces = bytes.iter().flat_map(|&(page, ref pieces)| {
             pieces.iter().map(move |(offset, bytes)| Piece { page, offset: *offset, bytes })

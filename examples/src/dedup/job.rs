@@ -115,7 +115,7 @@ impl Job {
 #[derive(Debug)]
 enum Cpus<'j> {
     Software(Walking<'j>, Walking<'j>),
-    Kvm(Native<'j>, Native<'j>),
+    Kvm(Box<[Native<'j>; 2]>),
 }
 
 /// What was measured when all had stopped.
@@ -199,7 +199,7 @@ pub fn run_on(kernel: &Kernel, options: &Options, interrupt: &AtomicBool) -> Res
                 machines.push(machine);
                 let mut vcpus = vcpus.into_iter().map(|vcpu| Native::new(guest, vcpu));
                 match (vcpus.next(), vcpus.next()) {
-                    (Some(reader), Some(writer)) => Cpus::Kvm(reader, writer),
+                    (Some(reader), Some(writer)) => Cpus::Kvm(Box::new([reader, writer])),
                     _ => return Err(Error::NoVcpu),
                 }
             }
@@ -236,7 +236,8 @@ pub fn run_on(kernel: &Kernel, options: &Options, interrupt: &AtomicBool) -> Res
                     agents.push(spawn(scope, reader, stop, read)?);
                     agents.push(spawn(scope, writer, stop, write)?);
                 }
-                Cpus::Kvm(mut zero, mut one) => {
+                Cpus::Kvm(both) => {
+                    let [mut zero, mut one] = *both;
                     let read = move || vcpu::read(&mut zero, seed(0), stop).map(|()| zero);
                     let write = move || vcpu::write(&mut one, seed(1), VCPU_STAMPS, WRITER_REST, stop).map(|()| one);
                     let vmm = move || vcpu::write(&mut Direct(guest), seed(3), VMM_STAMPS, VMM_REST, stop);

@@ -20,6 +20,9 @@ use super::{
 /// Bytes that a stamp covers; stamps begin at multiples of this.
 pub(crate) const STAMP: usize = 64;
 
+/// Where in a page, and what.
+pub(crate) type StampPiece = (usize, [u8; STAMP]);
+
 /// A change of a page's contents, named by a number that is never used twice. 0 is none: the image as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Stamp(pub(crate) u64);
@@ -168,7 +171,7 @@ impl Claim<'_> {
 
     /// What is to be written for the page to have `stamp` and no other, given that it holds what it must: pieces, as
     /// offset and bytes.
-    pub(crate) fn pieces(&self, stamp: Stamp) -> Vec<(usize, [u8; STAMP])> {
+    pub(crate) fn pieces(&self, stamp: Stamp) -> Vec<StampPiece> {
         let next = self.ledger.contents(self.page, stamp);
         let mut offsets: Vec<_> =
             [self.expected.stamp, stamp].into_iter().filter(|&s| s != Stamp::NONE).map(Stamp::offset).collect();

@@ -60,11 +60,12 @@ impl Job {
     fn new(options: &Options, chosen: Chosen, kernel: &Kernel, images: Images) -> Result<Self, Error> {
         let images = Arc::new(images);
         // Pages of the same contents are merged even where they are alone in their frame by now: no more frames than
-        // pages. Where frames are mapped, some room helps neighbours to stay together.
-        let room = if chosen == Chosen::Kvm { 2 } else { 1 };
-        let all =
-            u32::try_from(u64::from(options.guests) * options.pages() as u64 * room).map_err(|_| Error::StoreFull)?;
-        let store = Arc::new(Store::new(all, chosen == Chosen::Software)?);
+        // pages.
+        let all = u32::try_from(u64::from(options.guests) * options.pages() as u64).map_err(|_| Error::StoreFull)?;
+        let store = Arc::new(match chosen {
+            Chosen::Software => Store::new(all)?,
+            Chosen::Kvm => Store::for_mapping(all)?,
+        });
         let tally = Arc::new(Tally::default());
         let pace = Pace::new(options.guests, options.pages());
         let home = |space: &Space, pages: usize| match chosen {

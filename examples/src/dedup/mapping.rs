@@ -57,6 +57,8 @@ pub(crate) struct IsMerged;
 #[derive(Debug)]
 pub(crate) struct Mapping {
     places: Vec<AtomicU32>,
+    /// The frame that each page was last merged into, as a place.
+    last: Vec<AtomicU32>,
     groups: Vec<Mutex<()>>,
 }
 
@@ -72,6 +74,9 @@ impl Places<'_> {
     /// Moves a page of this group.
     pub(crate) fn set(&mut self, page: usize, place: Place) {
         debug_assert_eq!(page / GROUP, self.group);
+        if let Place::Merged(_) = place {
+            self.mapping.last[page].store(place.encode(), Ordering::Relaxed);
+        }
         self.mapping.places[page].store(place.encode(), Ordering::Release);
     }
 }
@@ -81,6 +86,7 @@ impl Mapping {
     pub(crate) fn new(pages: usize) -> Self {
         Self {
             places: (0..pages).map(|_| AtomicU32::new(0)).collect(),
+            last: (0..pages).map(|_| AtomicU32::new(0)).collect(),
             groups: (0..pages.div_ceil(GROUP)).map(|_| Mutex::new(())).collect(),
         }
     }
@@ -93,6 +99,14 @@ impl Mapping {
     /// Where a page is. Without a window over the page the answer may be out of date at once.
     pub(crate) fn place(&self, page: usize) -> Place {
         Place::decode(self.places[page].load(Ordering::Acquire))
+    }
+
+    /// The frame that a page was last merged into.
+    pub(crate) fn last(&self, page: usize) -> Option<Frame> {
+        match Place::decode(self.last[page].load(Ordering::Relaxed)) {
+            Place::Home => None,
+            Place::Merged(frame) => Some(frame),
+        }
     }
 
     /// For whoever has a window over pages of `page`'s group open.

@@ -261,19 +261,30 @@ impl<'j> Merger<'j> {
         let guest = &self.guests[batch.guest];
         let mut bytes = [0; PAGE];
         let mut frames = Vec::with_capacity(batch.fingerprints.len());
-        let mut after = None;
         for (page, &expected) in (batch.first..).zip(&batch.fingerprints) {
             // Only the merger merges, and what is at home stays there until it does.
             guest.home.read(page, &mut bytes)?;
             if fingerprint(&bytes) == expected && guest.mapping.place(page) == Place::Home {
-                after = Some(self.store.share(&bytes, after)?);
-                frames.push(after);
+                frames.push(Some(self.store.share(&bytes, &self.wished(batch.guest, page))?));
             } else {
                 self.tally.differed.add(1);
                 frames.push(None);
             }
         }
         Ok(frames)
+    }
+
+    /// Where new contents of a page had best lie in the store.
+    fn wished(&self, guest: usize, page: usize) -> Vec<Frame> {
+        let mapping = &self.guests[guest].mapping;
+        match self.guests[guest].home {
+            Home::File(_) => Vec::new(),
+            // What its mapping shows already needs no other one.
+            Home::Mapped(_) => {
+                let place = self.store.place((guest * mapping.pages() + page) as u32);
+                mapping.last(page).into_iter().chain([place]).collect()
+            }
+        }
     }
 
     /// Merges a batch inside one window. `compared` is given by those who were careless.

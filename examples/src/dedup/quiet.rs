@@ -129,8 +129,8 @@ fn spare(images: &Images, guests: u32) -> u64 {
 pub fn merge_quietly(options: &Options, ram: Ram) -> Result<Quiet, Error> {
     let images = Arc::new(Images::load(&options.image, options.pages(), options.seed)?);
     let spare = spare(&images, options.guests);
-    let room = 2 * u64::from(options.guests) * options.pages() as u64;
-    let store = Arc::new(Store::new(u32::try_from(room).map_err(|_| Error::StoreFull)?, false)?);
+    let all = u64::from(options.guests) * options.pages() as u64;
+    let store = Arc::new(Store::for_mapping(u32::try_from(all).map_err(|_| Error::StoreFull)?)?);
     let tally = Arc::new(Tally::default());
     let kind = match ram {
         Ram::Anonymous => RamKind::Anonymous,

@@ -6,8 +6,10 @@
 //! the zero frame: it is always there, and costs nothing. (Where frames are mapped into guests it is not used: the host
 //! would need a mapping for each page that shares it, for neighbours could not be one.)
 //!
-//! Neighbours in guests get neighbouring frames where that is possible: runs of them are mapped with one call and
-//! need one mapping.
+//! Where frames are mapped into guests, their places matter: neighbours in a guest that are neighbours in the store are
+//! mapped with one call, and are one mapping of the few that a process may have. So each page of each guest has a
+//! place in the store, in the same order, and contents that are new go to the place of the page that has them; contents
+//! that were here before go where they were, as long as nothing else is there.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -56,8 +58,17 @@ struct Use {
 struct Shelf {
     /// By frame; the zero frame's entry is not used.
     uses: Vec<Use>,
+    /// Those that were filled once and are empty again; but for places of pages.
     empty: BTreeSet<Frame>,
     by_contents: HashMap<u64, Vec<Frame>>,
+    /// Frames that hold something.
+    filled: u64,
+}
+
+impl Shelf {
+    fn is_empty(&self, frame: Frame) -> bool {
+        self.uses.get(frame.0 as usize).is_none_or(|used| used.sharers == 0)
+    }
 }
 
 /// All frames that guests share.
@@ -65,18 +76,34 @@ struct Shelf {
 pub(crate) struct Store {
     file: Arc<MemoryFile>,
     capacity: u32,
+    /// Frames from 1 up to this are places of pages.
+    places: u32,
     /// The fingerprint of zeros, where the zero frame is used.
     zero: Option<u64>,
     shelf: Mutex<Shelf>,
 }
 
 impl Store {
-    /// A store with room for `capacity` frames, the zero frame not counted; and whether that is used.
-    pub(crate) fn new(capacity: u32, zero_frame: bool) -> Result<Self, Error> {
+    /// A store with room for `capacity` frames, the zero frame not counted, that is used.
+    pub(crate) fn new(capacity: u32) -> Result<Self, Error> {
+        Self::with_places(0, capacity, Some(fingerprint(&[0; PAGE])))
+    }
+
+    /// A store with so many places of pages, and as much room besides. The zero frame is not used.
+    pub(crate) fn for_mapping(places: u32) -> Result<Self, Error> {
+        Self::with_places(places, places.checked_mul(2).ok_or(Error::StoreFull)?, None)
+    }
+
+    fn with_places(places: u32, capacity: u32, zero: Option<u64>) -> Result<Self, Error> {
         let file = Arc::new(MemoryFile::new("dedup-store", u64::from(capacity) * PAGE as u64)?);
-        let shelf = Shelf { uses: vec![Use::default()], ..Shelf::default() };
-        let zero = zero_frame.then(|| fingerprint(&[0; PAGE]));
-        Ok(Self { file, capacity, zero, shelf: Mutex::new(shelf) })
+        let uses = vec![Use::default(); places as usize + 1];
+        let shelf = Shelf { uses, ..Shelf::default() };
+        Ok(Self { file, capacity, places, zero, shelf: Mutex::new(shelf) })
+    }
+
+    /// The place of a page, of those that the store was made with.
+    pub(crate) fn place(&self, page: u32) -> Frame {
+        Frame(page + 1)
     }
 
     pub(crate) fn file(&self) -> &Arc<MemoryFile> {
@@ -88,9 +115,9 @@ impl Store {
         Some(fingerprint) == self.zero || self.shelf.lock().by_contents.contains_key(&fingerprint)
     }
 
-    /// Finds or fills the frame with exactly these contents; the caller is a sharer of it now. A new one is the neighbour
-    /// of `after` if it can be.
-    pub(crate) fn share(&self, bytes: &PageBytes, after: Option<Frame>) -> Result<Frame, Error> {
+    /// Finds or fills the frame with exactly these contents; the caller is a sharer of it now. New contents go to the
+    /// first of the `wished` frames that is empty, if one is.
+    pub(crate) fn share(&self, bytes: &PageBytes, wished: &[Frame]) -> Result<Frame, Error> {
         let fingerprint = fingerprint(bytes);
         if Some(fingerprint) == self.zero && bytes.iter().all(|&byte| byte == 0) {
             return Ok(Frame::ZERO);
@@ -104,22 +131,22 @@ impl Store {
                 return Ok(frame);
             }
         }
-        let untouched = Frame(shelf.uses.len() as u32);
-        let untouched = (untouched.0 <= self.capacity).then_some(untouched);
-        let neighbour = after.map(|Frame(after)| Frame(after + 1));
-        let frame = match neighbour {
-            Some(next) if shelf.empty.remove(&next) => next,
-            // Untouched ones first: what is empty grows together meanwhile.
-            _ => untouched.or_else(|| shelf.empty.pop_first()).ok_or(Error::StoreFull)?,
+        let frame = match wished.iter().find(|&&frame| frame.0 <= self.capacity && shelf.is_empty(frame)) {
+            Some(&frame) => frame,
+            None => match shelf.empty.first() {
+                Some(&frame) => frame,
+                None if shelf.uses.len() as u32 <= self.capacity => Frame(shelf.uses.len() as u32),
+                None => return Err(Error::StoreFull),
+            },
         };
-        if Some(frame) == untouched {
-            shelf.uses.push(Use::default());
+        self.file.write(frame.offset(), bytes)?;
+        shelf.empty.remove(&frame);
+        let index = frame.0 as usize;
+        if shelf.uses.len() <= index {
+            shelf.uses.resize(index + 1, Use::default());
         }
-        if let Err(error) = self.file.write(frame.offset(), bytes) {
-            shelf.empty.insert(frame);
-            return Err(error);
-        }
-        shelf.uses[frame.0 as usize] = Use { sharers: 1, fingerprint };
+        shelf.uses[index] = Use { sharers: 1, fingerprint };
+        shelf.filled += 1;
         shelf.by_contents.entry(fingerprint).or_default().push(frame);
         Ok(frame)
     }
@@ -153,14 +180,16 @@ impl Store {
         }
         // Empty before it can be filled again: the hole must not swallow new contents.
         self.file.punch(frame.offset(), PAGE as u64)?;
-        shelf.empty.insert(frame);
+        shelf.filled -= 1;
+        if frame.0 > self.places {
+            shelf.empty.insert(frame);
+        }
         Ok(())
     }
 
     /// How many frames hold something.
     pub(crate) fn in_use(&self) -> u64 {
-        let shelf = self.shelf.lock();
-        (shelf.uses.len() - 1 - shelf.empty.len()) as u64
+        self.shelf.lock().filled
     }
 }
 
@@ -170,41 +199,44 @@ mod tests {
 
     #[test]
     fn equal_contents_share_a_frame_until_the_last_sharer_leaves() {
-        let store = Store::new(2, true).unwrap();
-        let (one, two) = (store.share(&[1; PAGE], None).unwrap(), store.share(&[2; PAGE], None).unwrap());
+        let store = Store::new(2).unwrap();
+        let (one, two) = (store.share(&[1; PAGE], &[]).unwrap(), store.share(&[2; PAGE], &[]).unwrap());
         assert_ne!(one, two);
-        assert_eq!(store.share(&[1; PAGE], None).unwrap(), one);
-        assert!(matches!(store.share(&[3; PAGE], None), Err(Error::StoreFull)));
+        assert_eq!(store.share(&[1; PAGE], &[]).unwrap(), one);
+        assert!(matches!(store.share(&[3; PAGE], &[]), Err(Error::StoreFull)));
         store.leave(one).unwrap();
         assert_eq!((store.in_use(), store.contents(one).unwrap()), (2, [1; PAGE]));
         store.leave(one).unwrap();
         assert_eq!((store.in_use(), store.file().resident().unwrap()), (1, PAGE as u64));
         assert!(!store.has(fingerprint(&[1; PAGE])));
-        assert_eq!(store.share(&[3; PAGE], None).unwrap(), one);
+        assert_eq!(store.share(&[3; PAGE], &[]).unwrap(), one);
     }
 
     #[test]
-    fn neighbours_get_neighbouring_frames() {
-        let store = Store::new(8, false).unwrap();
-        let mut after = None;
-        let frames: Vec<Frame> = (0..6u8)
-            .map(|fill| {
-                after = Some(store.share(&[fill; PAGE], after).unwrap());
-                after.unwrap()
-            })
-            .collect();
-        assert!(frames.windows(2).all(|pair| pair[1].0 == pair[0].0 + 1), "{frames:?}");
-        // Two that are empty again: the one that follows is taken, though others were never used.
-        store.leave(frames[1]).unwrap();
-        store.leave(frames[4]).unwrap();
-        assert_eq!(store.share(&[77; PAGE], Some(frames[3])).unwrap(), frames[4]);
-        assert!(store.share(&[78; PAGE], Some(frames[3])).unwrap() > frames[5]);
+    fn contents_go_to_the_place_of_their_page_and_back_to_it() {
+        let store = Store::for_mapping(4).unwrap();
+        let share = |page, fill| store.share(&[fill; PAGE], &[store.place(page)]).unwrap();
+        // In whatever order they come, neighbours are neighbours.
+        let (three, one) = (share(3, 3), share(1, 1));
+        assert_eq!(three.0, one.0 + 2);
+        assert_eq!(share(2, 1), one, "equal contents are in one place");
+        // The place is taken: elsewhere, outside of all places.
+        let other = share(1, 9);
+        assert!(other.0 > 4);
+        store.leave(three).unwrap();
+        assert_eq!(share(3, 3), three);
+        store.leave(other).unwrap();
+        assert_eq!((share(1, 7), store.in_use()), (other, 3));
+        // What it was in before is wished for before its own place.
+        store.leave(other).unwrap();
+        assert_eq!(store.share(&[8; PAGE], &[other, store.place(0)]).unwrap(), other);
+        assert_eq!(store.share(&[0; PAGE], &[store.place(0)]).unwrap(), store.place(0), "zeros too");
     }
 
     #[test]
     fn zero_pages_need_no_frame() {
-        let store = Store::new(1, true).unwrap();
-        assert_eq!(store.share(&[0; PAGE], None).unwrap(), Frame::ZERO);
+        let store = Store::new(1).unwrap();
+        assert_eq!(store.share(&[0; PAGE], &[]).unwrap(), Frame::ZERO);
         assert!(store.has(fingerprint(&[0; PAGE])));
         assert_eq!((store.in_use(), store.file().resident().unwrap()), (0, 0));
         store.leave(Frame::ZERO).unwrap();

@@ -388,7 +388,7 @@ impl Kernel {
         self.register(uffd, range, UFFDIO_REGISTER_MODE_WP.into())
     }
 
-    /// Takes a registration back. Protections go, and those who wait are woken.
+    /// Takes a registration back. Protections go; who waits for a write is not woken by this (`userfaultfd_unregister`).
     pub(crate) fn unregister(&self, uffd: BorrowedFd<'_>, range: HvaRange) -> io::Result<()> {
         self.ask(Call::Unregister)?;
         // SAFETY: UFFDIO_UNREGISTER reads one `uffdio_range`.

@@ -41,7 +41,12 @@ fn main() -> ExitCode {
     let interrupt = Arc::new(AtomicBool::new(false));
     let handler = {
         let interrupt = Arc::clone(&interrupt);
-        move || interrupt.store(true, Ordering::Relaxed)
+        // The first ends the run, with its report. Who does not want to wait for that, asks again.
+        move || {
+            if interrupt.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+        }
     };
     if let Err(error) = ctrlc::set_handler(handler) {
         eprintln!("dedup: Ctrl-C will end without a report: {error}");

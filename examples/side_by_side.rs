@@ -68,16 +68,16 @@ fn main() -> ExitCode {
             eprintln!("side_by_side: {error}");
             ExitCode::from(error.exit_code())
         }
+        Err(Failure::Interrupted | Failure::Run(Error::Interrupted)) => {
+            eprintln!("side_by_side: interrupted; KSM's settings are as they were");
+            ExitCode::FAILURE
+        }
         Err(Failure::Run(error)) => {
             eprintln!("side_by_side: {error}");
             ExitCode::from(error.exit_code())
         }
         Err(Failure::Settings(error)) => {
             eprintln!("side_by_side: {error}");
-            ExitCode::FAILURE
-        }
-        Err(Failure::Interrupted) => {
-            eprintln!("side_by_side: interrupted; KSM's settings are as they were");
             ExitCode::FAILURE
         }
     }
@@ -123,8 +123,8 @@ fn run(arguments: &Arguments) -> Result<(), Failure> {
             eprintln!("turn {turn} of {}: {}", arguments.runs, side.name);
             side.turns.push(match index {
                 0 => merge_with_ksm(&options, &plan, &interrupt)?,
-                1 => merge_quietly(&options, Ram::Anonymous)?,
-                _ => merge_quietly(&options, Ram::SharedFile)?,
+                1 => merge_quietly(&options, Ram::Anonymous, &interrupt)?,
+                _ => merge_quietly(&options, Ram::SharedFile, &interrupt)?,
             });
         }
     }

@@ -9,6 +9,8 @@ use std::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    thread,
+    time::Duration,
 };
 
 use examples::dedup::{Error, Options, Report, run, run_on};
@@ -122,6 +124,68 @@ fn guests_go_on_whatever_call_of_the_host_fails() {
         assert!(failed > 0, "{}: never failed\n{report}", call.name());
         assert_eq!((report.lost_writes, report.stale_reads), (0, 0), "{}: {report}", call.name());
         assert!(report.pages_merged > 2048, "{}: {report}", call.name());
+    }
+}
+
+/// A run of a few seconds on a host that `hook` makes difficult: no damage, and guests go on.
+fn on_a_difficult_host(hook: impl Fn(Call) -> io::Result<()> + Send + Sync + 'static) {
+    let kernel = Kernel::with_hook(hook);
+    let report = on_kvm(|| run_on(&kernel, &options(&["--mem", "4M", "--seconds", "2"]), &AtomicBool::new(false)));
+    let Some(report) = report else { return };
+    assert_eq!((report.lost_writes, report.stale_reads, report.exit_code()), (0, 0, 0), "{report}");
+    assert!(report.pages_merged > 1024, "{report}");
+}
+
+#[test]
+fn the_moment_without_a_fence_loses_nothing_however_long_it_is() {
+    // What is mapped over a page is fenced only when it was registered and armed: each takes a millisecond more.
+    for slow in [Call::MapFile, Call::Register, Call::WriteProtect, Call::ReadPagemap] {
+        on_a_difficult_host(move |call| {
+            if call == slow {
+                thread::sleep(Duration::from_millis(1));
+            }
+            Ok(())
+        });
+    }
+}
+
+#[test]
+fn nobody_waits_for_ever_where_fences_are_hard_to_lift() {
+    let lifts = AtomicU64::new(0);
+    on_a_difficult_host(move |call| {
+        // Each twentieth fails, and so do the five that follow.
+        let hard = call == Call::Lift && lifts.fetch_add(1, Ordering::Relaxed) % 20 < 6;
+        if hard { Err(io::Error::from_raw_os_error(12)) } else { Ok(()) }
+    });
+}
+
+#[test]
+fn a_fence_that_cannot_be_lifted_at_all_ends_the_run_and_holds_nobody() {
+    let lifts = AtomicU64::new(0);
+    let kernel = Kernel::with_hook(move |call| {
+        let hard = call == Call::Lift && lifts.fetch_add(1, Ordering::Relaxed) > 200;
+        if hard { Err(io::Error::from_raw_os_error(12)) } else { Ok(()) }
+    });
+    let _alone = alone();
+    match run_on(&kernel, &options(&["--mem", "4M", "--seconds", "60"]), &AtomicBool::new(false)) {
+        Err(Error::Backend(why)) => println!("not run: {why}"),
+        Err(Error::FenceGone) => {}
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_porter_that_is_gone_ends_the_run_and_holds_nobody() {
+    let reads = AtomicU64::new(0);
+    let kernel = Kernel::with_hook(move |call| {
+        let gone = call == Call::ReadMessages && reads.fetch_add(1, Ordering::Relaxed) > 200;
+        if gone { Err(io::Error::from_raw_os_error(5)) } else { Ok(()) }
+    });
+    let _alone = alone();
+    match run_on(&kernel, &options(&["--mem", "4M", "--seconds", "60"]), &AtomicBool::new(false)) {
+        Err(Error::Backend(why)) => println!("not run: {why}"),
+        Err(Error::FenceGone | Error::Fence(_)) => {}
+        other => panic!("{other:?}"),
     }
 }
 

@@ -11,6 +11,7 @@ use linux_raw_sys::general::{
     UFFD_FEATURE_WP_UNPOPULATED, uffd_msg,
 };
 use notifier_core::{Hva, HvaRange};
+use parking_lot::{RwLock, RwLockReadGuard};
 use rustix::event::{PollFd, PollFlags};
 
 use crate::{
@@ -64,6 +65,12 @@ pub enum FenceError {
         range: HvaRange,
         /// Its error.
         source: io::Error,
+    },
+    /// The fence was given up ([`WriteFence::disband`]). Nothing was done.
+    #[error("the fence over {range} was disbanded")]
+    Disbanded {
+        /// What was asked for.
+        range: HvaRange,
     },
     /// Waiting for messages failed. None was lost.
     #[error("{call} failed: {source}")]
@@ -161,6 +168,8 @@ pub struct WriteFence {
     uffd: Uffd,
     stop: Stop,
     stopped: AtomicBool,
+    /// Held for reading while something is registered or armed: what was begun before it was disbanded is undone then.
+    disbanded: RwLock<bool>,
 }
 
 impl fmt::Debug for WriteFence {
@@ -182,7 +191,12 @@ impl WriteFence {
     /// userfaultfd ([`RegisterError::Busy`]); [`RegisterError::Unaligned`]. Nothing is registered then.
     pub fn new(kernel: &Kernel, ranges: &[HvaRange]) -> Result<Self, FenceError> {
         let stop = Stop::new()?;
-        Ok(Self { uffd: Uffd::new(kernel, FEATURES, ranges)?, stop, stopped: AtomicBool::new(false) })
+        Ok(Self {
+            uffd: Uffd::new(kernel, FEATURES, ranges)?,
+            stop,
+            stopped: AtomicBool::new(false),
+            disbanded: RwLock::new(false),
+        })
     }
 
     /// What the fence was made for, ascending; ranges that touch are joined.
@@ -200,7 +214,24 @@ impl WriteFence {
     /// be armed. In the last two cases [`WriteFence::lift`] of the range takes it back.
     pub fn arm(&self, range: HvaRange) -> Result<(), FenceError> {
         self.check(range)?;
+        let _standing = self.standing(range)?;
         self.uffd.protect(range, true).map_err(|error| told(error, Call::WriteProtect))
+    }
+
+    /// Gives the fence up: nothing is armed or registered any more, everybody who waits goes on, and nothing can be armed
+    /// or readmitted from here on ([`WriteFence::lift`] then says [`FenceError::Lapsed`]). For whoever can no longer let
+    /// writers in: they are not to wait for nobody.
+    ///
+    /// # Errors
+    /// [`FenceError::Call`]: a part of it may still be armed. Doing it again is right, and so is dropping the fence.
+    pub fn disband(&self) -> Result<(), FenceError> {
+        *self.disbanded.write() = true;
+        self.uffd.unregister_all().map_err(|(call, range, source)| FenceError::Call { call, range, source })
+    }
+
+    fn standing(&self, range: HvaRange) -> Result<RwLockReadGuard<'_, bool>, FenceError> {
+        let disbanded = self.disbanded.read();
+        if *disbanded { Err(FenceError::Disbanded { range }) } else { Ok(disbanded) }
     }
 
     /// On return `range` can be written again, and whoever waited goes on.
@@ -225,6 +256,7 @@ impl WriteFence {
     /// [`FenceError::Unaligned`], [`FenceError::Foreign`], [`FenceError::Register`]: nothing is different.
     pub fn readmit(&self, range: HvaRange) -> Result<(), FenceError> {
         self.check(range)?;
+        let _standing = self.standing(range)?;
         Ok(self.uffd.register(range)?)
     }
 

@@ -232,6 +232,23 @@ impl Uffd {
         }
     }
 
+    /// Nothing is registered, nothing protected, and nobody waits any more. All of it is tried, whatever fails; the first
+    /// failure is returned.
+    ///
+    /// Unregistering makes writable, and wakes nobody who waits for a write (`userfaultfd_unregister` wakes for missing
+    /// pages only).
+    pub(crate) fn unregister_all(&self) -> Result<(), (Call, HvaRange, io::Error)> {
+        let mut done = Ok(());
+        for &range in &self.ranges {
+            let gone = insist(|| self.kernel.unregister(self.fd(), range));
+            let woken = self.wake(range);
+            done = done
+                .and(gone.map_err(|error| (Call::Unregister, range, error)))
+                .and(woken.map_err(|error| (Call::Wake, range, error)));
+        }
+        done
+    }
+
     /// Lets whoever waits in `range` try again.
     pub(crate) fn wake(&self, range: HvaRange) -> io::Result<()> {
         insist(|| self.kernel.wake(self.fd(), range))
@@ -249,14 +266,9 @@ pub(crate) enum ProtectError {
 
 impl Drop for Uffd {
     fn drop(&mut self) {
-        // Closing alone does all of it (`userfaultfd_release`: entries are made writable, registrations go, everybody
-        // is woken), but not while a forked child still has the descriptor. Unregistering makes writable, and wakes
-        // nobody who waits for a write (`userfaultfd_unregister` wakes for missing pages only).
-        for &range in &self.ranges {
-            // Nobody is left to be told, and closing is still to come.
-            let _ = self.kernel.unregister(self.fd(), range);
-            let _ = self.wake(range);
-        }
+        // Closing alone does all of it (`userfaultfd_release`: entries are made writable, registrations go, everybody is
+        // woken), but not while a forked child still has the descriptor.
+        let _ = self.unregister_all();
     }
 }
 

@@ -331,6 +331,37 @@ fn dropping_the_fence_lets_waiters_go_on() {
 }
 
 #[test]
+fn disbanding_lets_waiters_go_on_and_nobody_waits_again() {
+    for kind in KINDS {
+        let memory = Mapping::new(kind, 4);
+        let Some(fence) = fence(&[memory.range()]) else { return };
+        fence.arm(memory.range()).unwrap();
+        thread::scope(|scope| {
+            let writers: Vec<_> = (0..4)
+                .map(|page| {
+                    scope.spawn({
+                        let memory = &memory;
+                        move || memory.word(page, 0).fetch_add(1, Ordering::SeqCst)
+                    })
+                })
+                .collect();
+            // All of them wait: each was told of.
+            for _ in 0..4 {
+                assert!(fence.next(LONG).unwrap().is_some());
+            }
+            fence.disband().unwrap();
+            writers.into_iter().for_each(|writer| assert_eq!(writer.join().unwrap(), 0));
+        });
+        assert!(matches!(fence.arm(memory.range()), Err(FenceError::Disbanded { .. })));
+        assert!(matches!(fence.readmit(memory.range()), Err(FenceError::Disbanded { .. })));
+        memory.word(1, 0).fetch_add(1, Ordering::SeqCst);
+        // There is nothing to be lifted, and that is no reason to wait.
+        assert!(matches!(fence.lift(memory.range()), Err(FenceError::Lapsed { .. })));
+        fence.disband().unwrap();
+    }
+}
+
+#[test]
 fn a_write_through_another_mapping_is_not_stopped() {
     let memory = Mapping::new(Kind::Shared, 1);
     let other = Mapping::of(memory.file.as_ref().unwrap().try_clone().unwrap(), Kind::Shared, 1);

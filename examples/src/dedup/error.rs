@@ -132,6 +132,12 @@ pub enum Error {
     /// The store has no frame left.
     #[error("the store is full")]
     StoreFull,
+    /// The host would not let writers in one by one, so that all of them were.
+    #[error("the fence over a guest's RAM was given up: the host would not lift it, or nobody was left to")]
+    FenceGone,
+    /// It was interrupted before guests ran.
+    #[error("interrupted before the guests ran")]
+    Interrupted,
     /// A thread cannot be started.
     #[error("cannot start a thread: {0}")]
     Thread(io::Error),

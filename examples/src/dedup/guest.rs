@@ -60,12 +60,16 @@ impl Guest {
         tally: &Arc<Tally>,
         safety: Safety,
         pace: Pace,
+        interrupt: &AtomicBool,
     ) -> Result<Self, Error> {
         let pages = layout.len();
         let written = DirtyLog::new(pages);
         let space = Space::builder().dirty_sink(written.clone()).build();
         let home = home(&space, pages)?;
         for (page, &image) in layout.iter().enumerate() {
+            if page % BLOCK == 0 && interrupt.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
             home.memory().write_slice(images.page(image), GuestAddress((page * PAGE) as u64))?;
         }
         Ok(Self {
@@ -158,7 +162,12 @@ impl Guest {
         {
             let mut places = self.mapping.lock(page);
             // Another vCPU may have been here first.
-            if let Place::Merged(frame) = self.mapping.place(page) {
+            let place = self.mapping.place(page);
+            if place == Place::Home {
+                // Whoever waits, waits for nothing any more.
+                self.home.let_go(page, 1)?;
+            }
+            if let Place::Merged(frame) = place {
                 let left = self.home.take_back(&window, page, frame, &self.store)?;
                 places.set(page, Place::Home);
                 // A frame that the host may still show the guest is never filled with anything else.

@@ -57,7 +57,13 @@ struct Job {
 }
 
 impl Job {
-    fn new(options: &Options, chosen: Chosen, kernel: &Kernel, images: Images) -> Result<Self, Error> {
+    fn new(
+        options: &Options,
+        chosen: Chosen,
+        kernel: &Kernel,
+        images: Images,
+        interrupt: &AtomicBool,
+    ) -> Result<Self, Error> {
         let images = Arc::new(images);
         // Pages of the same contents are merged even where they are alone in their frame by now: no more frames than
         // pages.
@@ -78,7 +84,7 @@ impl Job {
         };
         let guest = |number: u32| {
             let layout = images.layout(options.seed.wrapping_mul(64).wrapping_add(u64::from(number)));
-            let guest = Guest::new(home, &images, &layout, &store, &tally, options.safety(), pace)?;
+            let guest = Guest::new(home, &images, &layout, &store, &tally, options.safety(), pace, interrupt)?;
             // Devices of a real guest may reach all of its RAM before it runs.
             if chosen == Chosen::Kvm {
                 guest.prefetch_all()?;
@@ -189,7 +195,7 @@ pub fn run_on(kernel: &Kernel, options: &Options, interrupt: &AtomicBool) -> Res
     progress.say("filling RAM");
     let images = Images::load(&options.image, options.pages(), options.seed)?;
     let (files, times) = (images.files(), images.times());
-    let job = Job::new(options, chosen, kernel, images)?;
+    let job = Job::new(options, chosen, kernel, images, interrupt)?;
     let mut machines = Vec::new();
     let mut cpus = Vec::new();
     for guest in &job.guests {

@@ -15,7 +15,14 @@
 //! there is none. (The fence is armed inside a window, which took the right to write away from all tables, and stays
 //! armed over merged pages only, which no table may write.)
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
 use notifier_core::{AddrRange, GpaRange, Hva, HvaRange, InvalidationGuard, SlotFlags, Space, WindowMode, Zapped};
 use notifier_linux::{FenceError, GuestRam, Kernel, PageMap, RamError, Source, Waiter, WriteFence};
@@ -55,6 +62,9 @@ pub(crate) enum RamKind {
 
 /// How often a call of the host that failed is made again at once.
 const ATTEMPTS: usize = 3;
+/// How long the host may refuse to lift the fence, in milliseconds. Until then the page's window stays open; had it
+/// closed, a device could be let write the page, and wait for the porter inside a scope.
+const PATIENCE: u32 = 2_000;
 /// How long the thread that lets writers in waits before it looks whether it is to stop.
 const NAP: Duration = Duration::from_millis(100);
 
@@ -70,6 +80,8 @@ pub(crate) struct Mapped {
     host: HvaRange,
     /// Merged pages are fenced.
     watched: bool,
+    /// There is no fence any more.
+    open: AtomicBool,
     tally: Arc<Tally>,
 }
 
@@ -107,6 +119,7 @@ impl Mapped {
             kernel: kernel.clone(),
             host,
             watched: safety != Safety::NoNotify,
+            open: AtomicBool::new(false),
             tally: Arc::clone(tally),
         })
     }
@@ -154,11 +167,21 @@ impl Mapped {
     }
 
     fn lift(&self, range: HvaRange) -> Result<(), Error> {
-        Ok(self.attempt(|| match self.fence.lift(range) {
-            // What is not behind the fence has nothing to be lifted; everybody was woken.
-            Err(FenceError::Lapsed { .. }) => Ok(()),
-            done => done,
-        })?)
+        for _ in 1..PATIENCE {
+            if self.open.load(Ordering::Acquire) {
+                break;
+            }
+            match self.fence.lift(range) {
+                // What is not behind the fence has nothing to be lifted; everybody was woken.
+                Ok(()) | Err(FenceError::Lapsed { .. }) => return Ok(()),
+                Err(_) => self.tally.host_failures.add(1),
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        // Then there is to be no fence at all: that is a call of another kind. Merged pages are not watched any more, so
+        // the run ends.
+        self.open_fence();
+        Err(Error::FenceGone)
     }
 
     /// Whoever waits for these pages goes on, and nobody waits from here on.
@@ -195,6 +218,10 @@ impl Mapped {
             }
             let fenced =
                 !self.watched || (self.attempt(|| self.fence.readmit(range)).is_ok() && self.arm(range).is_ok());
+            if !self.watched {
+                // Where the same frame was shown before, the fence is still there.
+                self.lift(range)?;
+            }
             let seen = fenced && self.attempt(|| PageMap::read(&self.kernel, range, &mut states)).is_ok();
             for at in 0..count {
                 result[index + at] = match states.get(at) {
@@ -208,15 +235,14 @@ impl Mapped {
         Ok(result)
     }
 
-    /// Puts back contents that are gone because the host failed half-way: pages from `first` on, whose contents are those
-    /// of the frames from `frame` on.
+    /// Puts back contents that are gone because the host failed half-way: in pages from `first` on, those of the frames
+    /// from `frame` on. What else the error calls lost shows the frames already, and may have been written since.
     fn refill(&self, error: &RamError, first: usize, frame: Frame) -> Result<(), Error> {
         let RamError::Failed(failed) = error else { return Ok(()) };
         let pages = |range: &GpaRange| range.start().as_u64() / PAGE as u64..range.end().as_u64() / PAGE as u64;
         let mut bytes = [0; PAGE];
-        for page in failed.lost.iter().flat_map(pages) {
-            // This thread is not to wait for itself.
-            let _ = self.let_go(page as usize, 1);
+        for page in failed.filled.iter().flat_map(pages) {
+            // Nothing is behind a fence that was mapped just now, so this thread does not wait for itself.
             self.store.read(frame.offset() + (page - first as u64) * PAGE as u64, &mut bytes)?;
             self.memory().write_slice(&bytes, GuestAddress(page * PAGE as u64))?;
         }
@@ -227,9 +253,7 @@ impl Mapped {
     fn uncover<M: WindowMode>(&self, window: &InvalidationGuard<'_, M, Hva>, page: usize) -> Result<Merge, Error> {
         let range = self.range(page, 1)?;
         // An armed fence would let nobody copy, this thread not either.
-        if self.lift(range).is_err() {
-            return Ok(Merge::Stuck);
-        }
+        self.lift(range)?;
         let guest = AddrRange::with_len(gpa(page), PAGE as u64)?;
         match self.attempt(|| self.ram.within(window)?.privatize(guest)) {
             Ok(()) => Ok(Merge::Home),
@@ -273,9 +297,10 @@ impl Mapped {
         (waiter.address.as_u64().saturating_sub(self.host.start().as_u64()) / PAGE as u64) as usize
     }
 
-    /// Nobody waits any more, whatever becomes of it.
+    /// Nobody waits any more, and nobody will: there is nobody to let them in.
     pub(crate) fn open_fence(&self) {
-        let _ = self.lift(self.host);
+        self.open.store(true, Ordering::Release);
+        let _ = self.attempt(|| self.fence.disband());
     }
 }
 

@@ -126,7 +126,7 @@ fn spare(images: &Images, guests: u32) -> u64 {
 ///
 /// # Errors
 /// [`Error`]; [`Error::Damaged`] where a guest does not read what it must.
-pub fn merge_quietly(options: &Options, ram: Ram) -> Result<Quiet, Error> {
+pub fn merge_quietly(options: &Options, ram: Ram, interrupt: &AtomicBool) -> Result<Quiet, Error> {
     let images = Arc::new(Images::load(&options.image, options.pages(), options.seed)?);
     let spare = spare(&images, options.guests);
     let all = u64::from(options.guests) * options.pages() as u64;
@@ -145,7 +145,7 @@ pub fn merge_quietly(options: &Options, ram: Ram) -> Result<Quiet, Error> {
             Ok(Home::Mapped(Box::new(mapped)))
         };
         let pace = Pace::new(options.guests, options.pages());
-        let guest = Guest::new(home, &images, &layout, &store, &tally, Safety::Safe, pace)?;
+        let guest = Guest::new(home, &images, &layout, &store, &tally, Safety::Safe, pace, interrupt)?;
         guest.prefetch_all()?;
         stills.push(Still::new(guest.home.memory(), &images, layout)?);
         guests.push(guest);
@@ -156,7 +156,7 @@ pub fn merge_quietly(options: &Options, ram: Ram) -> Result<Quiet, Error> {
     let mut merger = Merger::new(&guests, &store, &tally, MergeMode::Change, Safety::Safe);
     merger.mark(spare * 95 / 100);
     let (began, cpu_began) = (Instant::now(), thread_cpu());
-    merger.until_quiet(&AtomicBool::new(false))?;
+    merger.until_quiet(interrupt)?;
     let (wall, cpu) = (began.elapsed(), thread_cpu().saturating_sub(cpu_began));
 
     let merged: u64 = guests.iter().map(|guest| guest.mapping.merged()).sum();

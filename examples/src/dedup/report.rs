@@ -57,8 +57,8 @@ pub struct Report {
     pub pages_merged: u64,
     /// Bytes that the merging saves at the end: pages that are merged, less the store's frames in use.
     pub bytes_saved: u64,
-    /// Bytes that the host has back at the end: blocks that the guests' memory files lost since the start, less those that
-    /// the store's file has.
+    /// Bytes that the host has back at the end: what the guests' memory lost since the start (blocks of memory files;
+    /// private memory by smaps, on KVM), less the blocks of the store's file.
     pub bytes_returned: u64,
     /// Pages un-merged by a write.
     pub unmerged: u64,

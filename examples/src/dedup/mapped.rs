@@ -318,3 +318,93 @@ fn runs(frames: &[Option<Frame>]) -> Vec<(usize, usize, Frame)> {
     }
     runs
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::OnceLock;
+
+    use notifier_linux::{Call, RegisterError};
+
+    use super::*;
+
+    const PAGES: usize = 4;
+
+    fn fill(page: usize) -> [u8; PAGE] {
+        [page as u8 + 1; PAGE]
+    }
+
+    /// RAM and a store of equal contents, page by page, on a host that does `at_register` when something that was mapped
+    /// over is about to be fenced again.
+    fn merging(at_register: impl Fn(&GuestMemoryMmap<()>) + Send + Sync + 'static) -> Option<(Space, Mapped)> {
+        let memory = Arc::new(OnceLock::<GuestMemoryMmap<()>>::new());
+        let kernel = Kernel::with_hook({
+            let memory = Arc::clone(&memory);
+            move |call| {
+                if let (Call::Register, Some(memory)) = (call, memory.get()) {
+                    at_register(memory);
+                }
+                Ok(())
+            }
+        });
+        let store = Arc::new(MemoryFile::new("store", (PAGES * PAGE) as u64).unwrap());
+        let (space, tally) = (Space::new(), Arc::new(Tally::default()));
+        let made = Mapped::new(&space, PAGES, RamKind::Anonymous, &store, &kernel, Safety::Safe, &tally);
+        let mapped = match made {
+            Err(Error::Fence(FenceError::Register(RegisterError::Missing(missing)))) => {
+                println!("not tested: {missing}");
+                return None;
+            }
+            made => made.unwrap(),
+        };
+        for page in 0..PAGES {
+            store.write((page * PAGE) as u64, &fill(page)).unwrap();
+            mapped.memory().write_slice(&fill(page), GuestAddress((page * PAGE) as u64)).unwrap();
+        }
+        memory.set(mapped.memory().clone()).unwrap();
+        Some((space, mapped))
+    }
+
+    fn cover(space: &Space, mapped: &Mapped) -> Vec<Merge> {
+        let window = space.retain(mapped.host).unwrap();
+        mapped.hold(0, PAGES).unwrap();
+        let covered = mapped.cover(&window, 0, &[Some(Frame(1)), Some(Frame(2)), None, Some(Frame(4))]).unwrap();
+        mapped.settle(0, &covered.iter().map(|&covered| covered == Merge::Merged).collect::<Vec<_>>()).unwrap();
+        window.close().unwrap();
+        covered
+    }
+
+    #[test]
+    fn what_is_written_in_the_moment_without_a_fence_is_not_merged() {
+        // Not through the fence: it went with what was mapped there before. Once, before there is another one.
+        let written = AtomicBool::new(false);
+        let write = move |memory: &GuestMemoryMmap<()>| {
+            if !written.swap(true, Ordering::SeqCst) {
+                memory.write_obj(77_u8, GuestAddress(PAGE as u64 + 5)).unwrap();
+            }
+        };
+        let Some((space, mapped)) = merging(write) else { return };
+        assert_eq!(cover(&space, &mapped), [Merge::Merged, Merge::Home, Merge::NotAsked, Merge::Merged]);
+        let byte = |at: usize| mapped.memory().read_obj::<u8>(GuestAddress(at as u64)).unwrap();
+        assert_eq!((byte(PAGE + 5), byte(PAGE + 6)), (77, 2));
+        // At home, it can be written with nobody to let anybody in; and its frame can be given to others.
+        mapped.memory().write_obj(78_u8, GuestAddress(PAGE as u64)).unwrap();
+        mapped.store.write(PAGE as u64, &[0; PAGE]).unwrap();
+        assert_eq!((byte(PAGE), byte(PAGE + 6), byte(2 * PAGE)), (78, 2, 3));
+    }
+
+    #[test]
+    fn a_merged_page_shows_its_frame_until_it_is_taken_back() {
+        let Some((space, mapped)) = merging(|_| {}) else { return };
+        let before = mapped.resident().unwrap();
+        assert_eq!(cover(&space, &mapped), [Merge::Merged, Merge::Merged, Merge::NotAsked, Merge::Merged]);
+        assert_eq!(before - mapped.resident().unwrap(), 3 * PAGE as u64);
+        let window = space.zap(mapped.range(1, 1).unwrap()).unwrap();
+        assert!(mapped.take_back(&window, 1).unwrap());
+        window.close().unwrap();
+        // The frame may be anything from here on, and writers of the page wait for nobody.
+        mapped.store.write(PAGE as u64, &[0; PAGE]).unwrap();
+        mapped.memory().write_obj(9_u8, GuestAddress(PAGE as u64)).unwrap();
+        let page: [u8; 2] = mapped.memory().read_obj(GuestAddress(PAGE as u64)).unwrap();
+        assert_eq!(page, [9, 2]);
+    }
+}

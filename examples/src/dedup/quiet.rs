@@ -191,16 +191,16 @@ pub fn merge_with_ksm(options: &Options, plan: &Plan, interrupt: &AtomicBool) ->
     }
     let run: KsmRun = ksm::merge_with_ksm(&Paths::system(), &ranges, plan, interrupt)?;
     stills.iter_mut().try_for_each(|still| still.look(&images))?;
-    let shared = |counters: ksm::Counters| counters.pages_shared;
-    let [before, after] = run.counters.map(shared);
-    let saved = run.merged_pages.saturating_sub(after.saturating_sub(before));
+    // Not by KSM's counters of the host: they go on counting what is no longer mapped, until it scans again.
+    let bytes_returned = u64::try_from(run.returned()).unwrap_or(0);
+    let saved = (bytes_returned / PAGE as u64).min(run.merged_pages);
     // Samples say how many pages are merged; those that are not there any more are to be compared.
     let target = (spare * 95 / 100).saturating_add(run.merged_pages - saved);
     Ok(Quiet {
         spare,
         merged: run.merged_pages,
         saved,
-        bytes_returned: u64::try_from(run.returned()).unwrap_or(0),
+        bytes_returned,
         cpu: run.ksmd_cpu,
         wall: run.wall,
         at_95: run.reached(target).map(|sample| (sample.ksmd_cpu, sample.at)),

@@ -367,6 +367,11 @@ impl<'r, B: Bitmap> Batch<'r, B> {
             }
             operations.push(operation);
         }
+        if let Some(Key::Guest(window)) = self.window {
+            // Again: slots may have come since the window was opened.
+            let ranges: Vec<GpaRange> = operations.iter().map(|operation| operation.range).collect();
+            ram.check_aliases(window, &ranges)?;
+        }
         if operations.len() > 1 {
             let mut order: Vec<usize> = (0..operations.len()).collect();
             order.sort_unstable_by_key(|&index| operations[index].range.start());

@@ -192,6 +192,11 @@ impl Region {
     }
 }
 
+/// The host bytes of a slot that has any.
+fn host_of(spec: &SlotSpec) -> Option<HvaRange> {
+    spec.host.and_then(|start| AddrRange::with_len(start, spec.guest.len()).ok())
+}
+
 /// A span lies in its region, so that neither sum wraps and the part is not empty.
 fn part<A: notifier_core::Address>(whole: AddrRange<A>, span: Span) -> AddrRange<A> {
     let start = A::from_u64(whole.start().as_u64() + span.start);
@@ -544,6 +549,11 @@ impl<B: Bitmap> GuestRam<B> {
     ///
     /// In a Retained window the caller settles what translates the pages: `change_pte` to the new page, or `zap`.
     ///
+    /// A guard by guest address covers what translates through RAM's own slots, and nothing else. Whether another slot has
+    /// the same host bytes is asked here, and again by each operation before it begins. A slot that is added between
+    /// that and the operation's calls is not seen, for by guest address nothing keeps it from being added: whoever adds
+    /// slots over the same host bytes at any time opens windows by host address, which cover every slot that has them.
+    ///
     /// # Errors
     /// [`RamError::ForeignSpace`], and [`RamError::Aliased`] for a guard by guest address where another slot has
     /// the same host bytes, which the window does not cover.
@@ -556,21 +566,23 @@ impl<B: Bitmap> GuestRam<B> {
             return Err(RamError::ForeignSpace { window });
         }
         if let Key::Guest(range) = window {
-            self.check_aliases(range)?;
+            self.check_aliases(range, &[range])?;
         }
         Ok(Within { ram: self, window })
     }
 
-    fn check_aliases(&self, range: GpaRange) -> Result<(), RamError> {
-        let slots = self.space.slots();
-        for region in &self.regions {
-            let Some(guest) = region.guest.intersection(&range) else { continue };
-            let host = region.host_of(region.span_of(guest));
-            for (slot, spec) in slots.iter().filter(|(id, _)| !self.slots.contains(id)) {
-                let other = spec.host.and_then(|start| AddrRange::with_len(start, spec.guest.len()).ok());
-                if other.is_some_and(|other| other.overlaps(&host)) {
-                    return Err(RamError::Aliased { window: Key::Guest(range), slot: *slot });
-                }
+    /// Whether the pages of `ranges` are those of another slot too, which `window` does not cover.
+    pub(crate) fn check_aliases(&self, window: GpaRange, ranges: &[GpaRange]) -> Result<(), RamError> {
+        for (slot, spec) in self.space.slots().iter().filter(|(id, _)| !self.slots.contains(id)) {
+            let Some(other) = host_of(spec) else { continue };
+            let hit = |range: &GpaRange| {
+                self.regions.iter().any(|region| {
+                    let guest = region.guest.intersection(range);
+                    guest.is_some_and(|guest| region.host_of(region.span_of(guest)).overlaps(&other))
+                })
+            };
+            if ranges.iter().any(hit) {
+                return Err(RamError::Aliased { window: Key::Guest(window), slot: *slot });
             }
         }
         Ok(())
@@ -733,7 +745,8 @@ impl<'a, B: Bitmap> Within<'a, B> {
     /// copies at the first write, with no notice to anybody who translates to the old page.
     ///
     /// # Errors
-    /// [`RamError::NotInWindow`], [`RamError::Outside`], [`RamError::Unaligned`]; [`RamError::Call`], with `EINVAL` where
+    /// [`RamError::NotInWindow`], [`RamError::Aliased`], [`RamError::Outside`], [`RamError::Unaligned`];
+    /// [`RamError::Call`], with `EINVAL` where
     /// the host's rights do not include writing: what was copied before stays so.
     pub fn privatize(&self, range: GpaRange) -> Result<(), RamError> {
         self.check_parts(range)?;
@@ -741,6 +754,9 @@ impl<'a, B: Bitmap> Within<'a, B> {
     }
 
     fn check_parts(&self, range: GpaRange) -> Result<(), RamError> {
+        if let Key::Guest(window) = self.window {
+            self.ram.check_aliases(window, &[range])?;
+        }
         for region in &self.ram.regions {
             let Some(guest) = region.guest.intersection(&range) else { continue };
             check_window(self.window, guest, region.host_of(region.span_of(guest)))?;

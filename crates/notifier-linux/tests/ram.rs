@@ -414,6 +414,41 @@ fn a_window_by_guest_address_does_not_serve_where_another_slot_has_the_page() {
 }
 
 #[test]
+fn a_slot_that_came_after_the_window_was_opened_is_seen() {
+    let bench = Bench::new(Kind::Anonymous);
+    let file = filled(100, 8);
+    bench.ram.replace(page_at(6), &source(&file, 0), PAGE).unwrap();
+    let window = bench.space.zap(guest(0, 8)).unwrap();
+    let within = bench.ram.within(&window).unwrap();
+    let alias = AddrRange::with_len(Gpa::new(1 << 40), 4 * PAGE).unwrap();
+    let host = Some(bench.host(4, 4).start());
+    let slot = bench.space.add_slot(SlotSpec { guest: alias, host, flags: SlotFlags::empty() }).unwrap();
+    // Who translates through the new slot is not held up by the window.
+    let mut walker = bench.space.walker();
+    walker.fault(alias).unwrap().admit(|admission| admission.check(alias)).unwrap();
+    bench.log.take();
+    let refused = |error: RamError| {
+        assert!(matches!(error, RamError::Aliased { slot: other, .. } if other == slot), "{error:?}");
+    };
+    refused(within.discard(guest(3, 2)).unwrap_err());
+    refused(within.protect(guest(7, 1), Access::READ).unwrap_err());
+    refused(within.privatize(guest(6, 1)).unwrap_err());
+    refused(within.batch().discard(guest(0, 1)).discard(guest(5, 1)).run().unwrap_err());
+    assert_eq!(bench.log.calls(), []);
+    // Other pages of the window are its own.
+    within.discard(guest(0, 4)).unwrap();
+    bench.space.remove_slot(slot).unwrap();
+    within.privatize(guest(6, 1)).unwrap();
+    within.discard(guest(4, 1)).unwrap();
+    drop(window);
+    bench.assert_pages(|page| match page {
+        0..5 => 0,
+        6 => 100,
+        _ => page as u8 + 1,
+    });
+}
+
+#[test]
 fn a_private_copy_does_not_need_the_page_underneath() {
     for kind in KINDS {
         let bench = Bench::new(kind);

@@ -71,6 +71,14 @@ impl Piece {
         Self { place: self.place.after(bytes), access: self.access }
     }
 
+    /// Whether the home may hold memory: what the guest sees, or what lies under what it sees.
+    pub(crate) fn home_holds(&self) -> bool {
+        match self.place {
+            Place::File { kept, .. } => kept,
+            Place::Home | Place::Anonymous => true,
+        }
+    }
+
     fn continues(&self, len: u64, next: &Self) -> bool {
         self.access == next.access && self.place.continues(len, &next.place)
     }

@@ -201,14 +201,10 @@ fn flush(
     if matches!(operation.what, What::Replace(_)) && region.punched.is_some() {
         for part in before {
             let Before { span, piece, .. } = &plan.before[part];
-            let kept = match piece.place {
-                Place::File { kept, .. } => kept,
-                Place::Anonymous => true,
-                // Its own file's bytes, where they are: they stay.
-                Place::Home => need.then != Then::Drop,
-            };
+            // Its own file's bytes, where they are: they stay.
+            let stays = matches!(piece.place, Place::Home) && need.then == Then::Drop;
             let span = *span;
-            if kept {
+            if piece.home_holds() && !stays {
                 plan.hole(index, operation.region, span);
             }
         }

@@ -162,10 +162,14 @@ impl<B: Bitmap> Run<'_, '_, B> {
         let before = &self.plan.before[step.before.clone()];
         let mut set = |span, place, access| self.claim.changes.push((step.region, span, Piece { place, access }));
         match &step.deed {
+            // What the home underneath held is known for each piece that was there.
             Deed::MapFile(file, offset, access) => {
                 let punched = self.ram.regions[step.region].punched.is_some();
-                let place = Place::File { file: Arc::clone(file), offset: *offset, kept: punched };
-                set(step.span, place, *access);
+                for before in before {
+                    let offset = offset + (before.span.start - step.span.start);
+                    let kept = punched && before.piece.home_holds();
+                    set(before.span, Place::File { file: Arc::clone(file), offset, kept }, *access);
+                }
             }
             Deed::MapHome(access) => set(step.span, Place::Home, *access),
             Deed::MapZero(access) => set(step.span, Place::Anonymous, *access),
@@ -182,13 +186,11 @@ impl<B: Bitmap> Run<'_, '_, B> {
 
     /// Writes down that the homes under `holes` hold nothing any more.
     fn punched(&mut self, holes: &[Hole]) {
-        let all = holes.len() == self.plan.holes.len();
         for (region, span, piece) in &mut self.claim.changes {
             let inside =
                 |hole: &Hole| hole.region == *region && hole.span.start <= span.start && span.end <= hole.span.end;
             if let Place::File { kept, .. } = &mut piece.place {
-                // Where all is punched, what no hole covers was empty before.
-                *kept = *kept && !(all || holes.iter().any(inside));
+                *kept = *kept && !holes.iter().any(inside);
             }
         }
     }

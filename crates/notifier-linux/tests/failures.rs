@@ -8,7 +8,10 @@ use std::{
     collections::BTreeSet,
     fs::File,
     io,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use notifier_core::{Access, GpaRange};
@@ -287,6 +290,51 @@ fn when_undoing_fails_too_ram_still_knows_what_is_mapped() {
         }
     }
     assert!(undoing > 10, "{undoing}");
+}
+
+/// A page that was replaced, whose home could not be given back, and which could not be mapped back either.
+fn with_a_home_that_was_kept(source_of: &Arc<File>) -> Bench {
+    let bench = Bench::new(Kind::Shared);
+    let maps = AtomicUsize::new(0);
+    bench.log.answer(move |call| match call {
+        Call::PunchHole => Err(io::Error::from_raw_os_error(EIO)),
+        Call::MapFile if maps.fetch_add(1, Ordering::Relaxed) >= 1 => Err(io::Error::from_raw_os_error(EIO)),
+        _ => Ok(()),
+    });
+    let error = failed(bench.ram.replace(page_at(4), &source(source_of, 0), PAGE).unwrap_err()).unwrap();
+    assert_eq!((error.call, &*error.standing), (Call::PunchHole, &[0][..]), "{error:?}");
+    bench.log.heal();
+    bench
+}
+
+#[test]
+fn a_home_that_was_kept_is_given_back_when_replacing_is_repeated() {
+    let file = filled(100, 8);
+    // What happens to the page in between gives nothing back, and is not taken to have done so.
+    let between: [&dyn Fn(&Bench); 3] =
+        [&|_| (), &|bench| bench.ram.protect(guest(4, 1), Access::READ).unwrap(), &|bench| {
+            let seen = AtomicUsize::new(0);
+            bench.log.answer(move |call| match call {
+                Call::Protect if seen.fetch_add(1, Ordering::Relaxed) == 1 => Err(io::Error::from_raw_os_error(EIO)),
+                _ => Ok(()),
+            });
+            let batch = bench.ram.batch().protect(guest(4, 1), Access::READ).protect(guest(9, 1), Access::READ);
+            let error = failed(batch.run().unwrap_err()).unwrap();
+            assert_eq!(error.undone, [0], "{error:?}");
+            bench.log.heal();
+        }];
+    for between in between {
+        let bench = with_a_home_that_was_kept(&file);
+        let home = bench.home.clone().unwrap();
+        assert_eq!(resident(&home), PAGES * PAGE);
+        between(&bench);
+        bench.ram.replace(page_at(4), &source(&file, 0), PAGE).unwrap();
+        assert_eq!(resident(&home), (PAGES - 1) * PAGE);
+        bench.log.take();
+        bench.ram.replace(page_at(4), &source(&file, 1), PAGE).unwrap();
+        assert!(!bench.log.calls().contains(&Call::PunchHole), "there is nothing left to give back");
+        bench.assert_true();
+    }
 }
 
 #[test]

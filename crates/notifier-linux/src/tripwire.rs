@@ -103,8 +103,12 @@ pub struct Tripped {
     pub secondaries: Result<(), OpenError>,
 }
 
+/// What all threads have. Not the descriptor: whoever has it open and does not read it holds up whoever makes a change,
+/// and a report takes as long as it pleases.
 struct Shared {
-    uffd: Uffd,
+    kernel: Kernel,
+    /// What is watched: sorted, joined.
+    ranges: Vec<HvaRange>,
     space: Space,
     stop: Stop,
     stopping: AtomicBool,
@@ -147,9 +151,10 @@ struct Shared {
 /// [`DirtyFilter`](crate::DirtyFilter) is refused with [`RegisterError::Busy`].
 ///
 /// # Threads
-/// The reports come on a thread of the tripwire, one at a time. Dropping the tripwire ends the threads (it waits for a
-/// report in progress, unless it is dropped by that) and frees whoever waits for a message to be read. What it has
-/// read by then is reported.
+/// The reports come on a thread of the tripwire, one at a time. Dropping the tripwire frees whoever waits for a
+/// message to be read, and then ends the threads: it waits for a report in progress, unless it is dropped by that, and
+/// for those of what it has read by then. Nothing is watched by the time it waits: a report may unmap what was watched
+/// after it has dropped the tripwire, and may wait for somebody who does, whoever drops it.
 ///
 /// # Example
 /// ```
@@ -178,8 +183,24 @@ struct Shared {
 /// ```
 pub struct Tripwire {
     shared: Arc<Shared>,
-    monitor: Option<JoinHandle<()>>,
-    reporter: Option<JoinHandle<()>>,
+    // The order matters: the monitor's end, then the descriptor's, and only then is a report waited for. It may itself
+    // wait for somebody who makes a change of watched memory, which ends only where somebody reads, or nobody can.
+    monitor: Option<Worker>,
+    uffd: Arc<Uffd>,
+    reporter: Option<Worker>,
+}
+
+/// A thread, which is waited for when this is dropped.
+struct Worker(Option<JoinHandle<()>>);
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // A report may drop the tripwire; its thread ends when that returns.
+        if let Some(thread) = self.0.take().filter(|thread| thread.thread().id() != thread::current().id()) {
+            // Neither panics; and there is nobody to tell.
+            let _ = thread.join();
+        }
+    }
 }
 
 impl fmt::Debug for Tripwire {
@@ -224,8 +245,10 @@ impl Tripwire {
         ranges: &[HvaRange],
         on_trip: impl Fn(Tripped) + Send + Sync + 'static,
     ) -> Result<Self, TripwireError> {
+        let uffd = Arc::new(Uffd::new(kernel, FEATURES, ranges)?);
         let shared = Arc::new(Shared {
-            uffd: Uffd::new(kernel, FEATURES, ranges)?,
+            kernel: kernel.clone(),
+            ranges: uffd.ranges().to_vec(),
             space: space.clone(),
             stop: Stop::new()?,
             stopping: AtomicBool::new(false),
@@ -234,12 +257,13 @@ impl Tripwire {
         });
         let (send, receive) = mpsc::channel();
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
-            thread::Builder::new().name(name.into()).spawn(run).map_err(|source| TripwireError::Thread { source })
+            let thread = thread::Builder::new().name(name.into()).spawn(run);
+            thread.map(|thread| Worker(Some(thread))).map_err(|source| TripwireError::Thread { source })
         };
         // From here on dropping it ends what there is.
-        let mut this = Self { shared: Arc::clone(&shared), monitor: None, reporter: None };
-        let watched = Arc::clone(&shared);
-        this.monitor = Some(spawn("tripwire", Box::new(move || watched.monitor(&send)))?);
+        let mut this = Self { shared: Arc::clone(&shared), monitor: None, uffd, reporter: None };
+        let (watched, uffd) = (Arc::clone(&shared), Arc::clone(&this.uffd));
+        this.monitor = Some(spawn("tripwire", Box::new(move || watched.monitor(&uffd, &send)))?);
         this.reporter = Some(spawn(
             "tripwire-report",
             Box::new(move || {
@@ -255,7 +279,7 @@ impl Tripwire {
 
     /// What is watched, ascending; ranges that touch are joined.
     pub fn ranges(&self) -> &[HvaRange] {
-        self.shared.uffd.ranges()
+        &self.shared.ranges
     }
 
     /// Changes of `range` are expected while the returned guard lives: for whoever makes them inside a window. The
@@ -270,14 +294,14 @@ impl Tripwire {
     /// # Errors
     /// [`TripwireError::Unaligned`], [`TripwireError::Foreign`], [`TripwireError::Register`]: nothing is different.
     pub fn readmit(&self, range: HvaRange) -> Result<(), TripwireError> {
-        let page_size = self.shared.uffd.page_size();
+        let page_size = self.uffd.page_size();
         if !range.is_aligned(page_size) {
             return Err(TripwireError::Unaligned { range, page_size });
         }
-        if let Some(address) = self.shared.uffd.foreign(range) {
+        if let Some(address) = self.uffd.foreign(range) {
             return Err(TripwireError::Foreign { address });
         }
-        Ok(self.shared.uffd.register(range)?)
+        Ok(self.uffd.register(range)?)
     }
 
     /// How often waiting for messages, or reading them, failed. It is tried again each time; whoever made a change
@@ -291,14 +315,8 @@ impl Drop for Tripwire {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::SeqCst);
         self.shared.stop.signal();
-        for thread in [self.monitor.take(), self.reporter.take()].into_iter().flatten() {
-            // A report may drop the tripwire; its thread ends when that returns.
-            if thread.thread().id() != thread::current().id() {
-                // Neither panics; and there is nobody to tell.
-                let _ = thread.join();
-            }
-        }
-        // The descriptor goes with the last of `shared`: whoever still waits goes on (`userfaultfd_release`).
+        // What follows is the fields' own: the order they are in. With the descriptor whoever still waits to be read
+        // goes on (`userfaultfd_release`).
     }
 }
 
@@ -310,37 +328,36 @@ impl Shared {
     /// Sleeps, unless the tripwire ends.
     fn pause(&self) {
         let mut fds = [PollFd::from_borrowed_fd(self.stop.fd(), PollFlags::IN)];
-        if self.uffd.kernel().poll(&mut fds, Some(PAUSE)).is_err() {
+        if self.kernel.poll(&mut fds, Some(PAUSE)).is_err() {
             thread::sleep(PAUSE);
         }
     }
 
     /// Reads messages until the tripwire ends. Whoever makes a change waits for this, and so it waits for nobody: it
     /// takes one lock, which is held for moments and never across a call that makes changes.
-    fn monitor(&self, trips: &mpsc::Sender<(HvaRange, ChangeKind)>) {
+    fn monitor(&self, uffd: &Uffd, trips: &mpsc::Sender<(HvaRange, ChangeKind)>) {
         while !self.is_stopping() {
-            let kernel = self.uffd.kernel();
             let mut fds = [
-                PollFd::from_borrowed_fd(self.uffd.fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(uffd.fd(), PollFlags::IN),
                 PollFd::from_borrowed_fd(self.stop.fd(), PollFlags::IN),
             ];
-            if kernel.poll(&mut fds, None).and_then(|_| self.read(trips)).is_err() {
+            if self.kernel.poll(&mut fds, None).and_then(|_| self.read(uffd, trips)).is_err() {
                 self.failures.fetch_add(1, Ordering::Relaxed);
                 thread::sleep(PAUSE);
             }
         }
         // What happened before the end is told.
-        let _ = self.read(trips);
+        let _ = self.read(uffd, trips);
     }
 
     /// Reads what messages there are.
-    fn read(&self, trips: &mpsc::Sender<(HvaRange, ChangeKind)>) -> io::Result<()> {
+    fn read(&self, uffd: &Uffd, trips: &mpsc::Sender<(HvaRange, ChangeKind)>) -> io::Result<()> {
         let mut messages = no_messages::<BATCH>();
         loop {
             // Reading releases whoever made the change, who may then drop its guard: the guard waits for this lock
             // until the change was judged.
             let expected = self.expected.lock();
-            let read = insist(|| self.uffd.kernel().read_messages(self.uffd.fd(), &mut messages))?;
+            let read = insist(|| self.kernel.read_messages(uffd.fd(), &mut messages))?;
             for message in messages[..read].iter().filter_map(Message::parse) {
                 let (range, kind) = match message {
                     Message::Remove(range) => (range, ChangeKind::Removed),
@@ -364,7 +381,7 @@ impl Shared {
     fn unexpected(&self, range: HvaRange, kind: ChangeKind, expected: &[HvaRange]) -> Vec<(HvaRange, ChangeKind)> {
         let mut expected = expected.to_vec();
         join(&mut expected);
-        let watched = self.uffd.ranges().iter().filter_map(|own| own.intersection(&range));
+        let watched = self.ranges.iter().filter_map(|own| own.intersection(&range));
         let parts = watched.flat_map(|part| without(part, &expected));
         let at = |part: HvaRange| match kind {
             ChangeKind::Moved { to } => {
@@ -406,7 +423,7 @@ impl Shared {
         let mut here: Vec<PageState> = Vec::new();
         let mut left: Option<Vec<bool>> = None;
         for _ in 0..LOOKS {
-            if PageMap::read(self.uffd.kernel(), range, &mut here).is_err() {
+            if PageMap::read(&self.kernel, range, &mut here).is_err() {
                 return false;
             }
             let now = here.iter().map(|page| page.present);

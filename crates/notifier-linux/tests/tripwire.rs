@@ -10,9 +10,10 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
-        mpsc::{Receiver, channel},
+        mpsc::{Receiver, RecvTimeoutError, channel},
     },
     thread,
+    time::Duration,
 };
 
 use mappings::{KINDS, Kind, Mapping, memfd, page_size};
@@ -37,6 +38,19 @@ fn tripwire(space: &Space, kernel: &Kernel, ranges: &[HvaRange]) -> Option<(Trip
         }
         tripwire => Some((tripwire.unwrap(), receive)),
     }
+}
+
+/// Runs what waits for ever where the rule is broken: then the test fails, and the thread is left behind.
+fn ends(run: impl FnOnce() + Send + 'static) {
+    let (send, receive) = channel::<()>();
+    let running = thread::spawn(move || {
+        let _dropped_at_the_end = send;
+        run();
+    });
+    if receive.recv_timeout(Duration::from_secs(60)) == Err(RecvTimeoutError::Timeout) {
+        panic!("somebody waits for ever");
+    }
+    running.join().unwrap();
 }
 
 fn advise(memory: &Mapping, range: HvaRange, advice: Advice) {
@@ -363,6 +377,72 @@ fn a_report_may_panic_and_may_drop_the_tripwire() {
     discard(&memory, memory.page(1));
     assert_eq!(receive.recv().unwrap(), memory.page(1));
     assert!(owner.lock().is_none());
+}
+
+#[test]
+fn a_report_that_dropped_the_tripwire_may_unmap_what_was_watched() {
+    ends(|| {
+        let memory = Mapping::new(Kind::Anonymous, 2);
+        let (first, given): (_, Arc<Mutex<Option<(Tripwire, Mapping)>>>) = (memory.page(0), Arc::default());
+        let (send, receive) = channel();
+        let made = Tripwire::new(&Space::new(), &Kernel::new(), &[memory.range()], {
+            let given = Arc::clone(&given);
+            move |_| {
+                let Some((tripwire, memory)) = given.lock().take() else { return };
+                drop(tripwire);
+                drop(memory);
+                send.send(()).unwrap();
+            }
+        });
+        let tripwire = match made {
+            Err(TripwireError::Register(RegisterError::Missing(missing))) => return println!("not tested: {missing}"),
+            made => made.unwrap(),
+        };
+        let pointer = memory.pointer(first).expose_provenance();
+        *given.lock() = Some((tripwire, memory));
+        // SAFETY: the mapping's contents may change at any time; it is unmapped only after this has been read.
+        unsafe {
+            let pointer = std::ptr::with_exposed_provenance_mut(pointer);
+            rustix::mm::madvise(pointer, first.len() as usize, Advice::LinuxDontNeed)
+        }
+        .unwrap();
+        receive.recv().unwrap();
+    });
+}
+
+#[test]
+fn a_report_may_wait_for_whoever_unmaps_while_the_tripwire_is_dropped() {
+    ends(|| {
+        let (memory, lock) = (Mapping::new(Kind::Anonymous, 2), Arc::new(Mutex::new(())));
+        let (reporting, in_report) = channel();
+        let made = Tripwire::new(&Space::new(), &Kernel::new(), &[memory.range()], {
+            let lock = Arc::clone(&lock);
+            move |_| {
+                let _ = reporting.send(());
+                drop(lock.lock());
+            }
+        });
+        let tripwire = match made {
+            Err(TripwireError::Register(RegisterError::Missing(missing))) => return println!("not tested: {missing}"),
+            made => made.unwrap(),
+        };
+        let held = lock.lock();
+        discard(&memory, memory.page(0));
+        in_report.recv().unwrap();
+        let dropping = thread::spawn(move || drop(tripwire));
+        // Watched or not any more: until nobody watches, each is a chance to meet the gap.
+        while !free(&memory) {
+            discard(&memory, memory.page(1));
+        }
+        drop(memory);
+        drop(held);
+        dropping.join().unwrap();
+    });
+}
+
+/// Whether no userfaultfd has this memory.
+fn free(memory: &Mapping) -> bool {
+    notifier_linux::WriteFence::new(&Kernel::new(), &[memory.range()]).is_ok()
 }
 
 #[test]

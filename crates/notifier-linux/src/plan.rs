@@ -27,7 +27,6 @@ pub(crate) enum Deed {
     /// Punches the home's file.
     Punch,
     Protect(Access),
-    NoHugePage,
 }
 
 #[derive(Debug)]
@@ -63,6 +62,8 @@ pub(crate) struct Plan {
     pub(crate) steps: Vec<Step>,
     pub(crate) before: Vec<Before>,
     pub(crate) holes: Vec<Hole>,
+    /// What goes home has no huge pages.
+    pub(crate) small: bool,
     /// Mappings that the process may have more afterwards.
     pub(crate) mappings: Wanted,
 }
@@ -137,11 +138,10 @@ fn replace_needs(span: Span, piece: &Piece, home: &Home, source: &Source, from: 
 
 /// Which calls the layout asks for.
 pub(crate) fn plan<B: Bitmap>(ram: &GuestRam<B>, operations: &[Operation<'_>], state: &State) -> Plan {
-    let mut plan = Plan::default();
+    let mut plan = Plan { small: state.no_huge_pages, ..Plan::default() };
     for (index, operation) in operations.iter().enumerate() {
         let region = &ram.regions[operation.region];
         let layout = &state.layouts[operation.region];
-        let huge = !state.no_huge_pages;
         let mut open: Option<(Need, usize)> = None;
         for (span, piece) in layout.within(operation.span) {
             let need = match operation.what {
@@ -151,14 +151,14 @@ pub(crate) fn plan<B: Bitmap>(ram: &GuestRam<B>, operations: &[Operation<'_>], s
                 What::Protect(_) => Some(Need { punch: false, then: Then::Protect }),
             };
             if open.is_some_and(|(open, _)| Some(open) != need) {
-                flush(&mut plan, index, operation, region, layout, huge, open.take());
+                flush(&mut plan, index, operation, region, layout, open.take());
             }
             if let Some(need) = need {
                 open = open.or(Some((need, plan.before.len())));
                 plan.before.push(Before { span, piece, clean: false });
             }
         }
-        flush(&mut plan, index, operation, region, layout, huge, open.take());
+        flush(&mut plan, index, operation, region, layout, open.take());
     }
     plan
 }
@@ -170,7 +170,6 @@ fn flush(
     operation: &Operation<'_>,
     region: &Region,
     layout: &Layout,
-    huge: bool,
     open: Option<(Need, usize)>,
 ) {
     let Some((need, first)) = open else { return };
@@ -192,11 +191,7 @@ fn flush(
         (Then::MapSource(_) | Then::Protect, _) => None,
     };
     if let Some(deed) = deed {
-        let small = !huge && matches!(deed, Deed::MapHome(_) | Deed::MapZero(_));
         plan.push(index, operation.region, before.clone(), deed, layout);
-        if small {
-            plan.push(index, operation.region, before.clone(), Deed::NoHugePage, layout);
-        }
     }
     if matches!(operation.what, What::Replace(_)) && region.punched.is_some() {
         for part in before {

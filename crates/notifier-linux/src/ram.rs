@@ -598,17 +598,29 @@ impl<B: Bitmap> GuestRam<B> {
         self.each_part(range, Call::PopulateRead, |host| self.kernel.populate_read(host))
     }
 
-    /// No huge pages from now on: all RAM, and what is mapped anew when replaced pages go home. What is huge already stays so until it is
-    /// split. (Merging and dirty tracking work on small pages.)
+    /// No huge pages from now on: all RAM (`MADV_NOHUGEPAGE`), and what is mapped anew when replaced pages go home. What is
+    /// huge already stays so until it is split. (Merging and dirty tracking work on small pages.) Waits for operations
+    /// that are under way.
+    ///
+    /// A kernel without huge pages refuses the advice (`EINVAL`), and has done what is asked for. Where pages go home
+    /// later the advice is given again, and no operation fails where it is refused then.
     ///
     /// # Errors
-    /// [`RamError::Call`].
+    /// [`RamError::Call`]: regions before that one have no huge pages until they are mapped anew.
     pub fn no_huge_pages(&self) -> Result<(), RamError> {
-        self.state.lock().no_huge_pages = true;
+        // Nobody maps anything anew between the advice and its being remembered.
+        let (_claim, ()) = self.claim(self.regions.iter().map(|region| region.host), |_| ());
+        let mut taken = false;
         for region in &self.regions {
-            let failed = |source| RamError::Call { call: Call::NoHugePage, at: region.guest.start(), source };
-            self.kernel.no_huge_page(region.host).map_err(failed)?;
+            match self.kernel.no_huge_page(region.host) {
+                Ok(()) => taken = true,
+                Err(error) if error.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error()) => {}
+                Err(source) => {
+                    return Err(RamError::Call { call: Call::NoHugePage, at: region.guest.start(), source });
+                }
+            }
         }
+        self.state.lock().no_huge_pages |= taken;
         Ok(())
     }
 

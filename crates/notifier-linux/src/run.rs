@@ -101,30 +101,40 @@ impl<B: Bitmap> Run<'_, '_, B> {
                     .map_err(failed(Call::MapFile))
             }
             Deed::MapHome(access) => self.map_home(region, step.span, *access),
-            Deed::MapZero(access) => {
-                // SAFETY: as above.
-                unsafe { kernel.map_anonymous(host, region.style(*access, false)) }.map_err(failed(Call::MapAnonymous))
-            }
+            Deed::MapZero(access) => self.map_zero(region, step.span, *access),
             // SAFETY: as above.
             Deed::Drop => unsafe { kernel.discard(host) }.map_err(failed(Call::Discard)),
             Deed::Punch => self.punch(step.region, step.span),
             Deed::Protect(access) => self.protect(region, step.span, *access),
-            Deed::NoHugePage => kernel.no_huge_page(host).map_err(failed(Call::NoHugePage)),
         }
     }
 
     fn map_home(&self, region: &Region, span: Span, access: Access) -> Made {
         let (file, offset, shared) = match &region.home {
-            Home::Anonymous => {
-                let style = region.style(access, false);
-                // SAFETY: as in `make`.
-                return unsafe { self.ram.kernel.map_anonymous(region.host_of(span), style) }
-                    .map_err(|error| (Call::MapAnonymous, error));
-            }
+            Home::Anonymous => return self.map_zero(region, span, access),
             Home::Shared(file, offset) => (file, offset, true),
             Home::Private { file, offset, .. } => (file, offset, false),
         };
-        self.map_file(region, span, file, offset + span.start, access, shared)
+        self.map_file(region, span, file, offset + span.start, access, shared)?;
+        self.keep_small(region, span);
+        Ok(())
+    }
+
+    fn map_zero(&self, region: &Region, span: Span, access: Access) -> Made {
+        let style = region.style(access, false);
+        // SAFETY: as in `make`.
+        unsafe { self.ram.kernel.map_anonymous(region.host_of(span), style) }
+            .map_err(|error| (Call::MapAnonymous, error))?;
+        self.keep_small(region, span);
+        Ok(())
+    }
+
+    /// No huge pages in what was mapped just now, where they are not wanted. It is a wish: pages of either size hold what
+    /// they hold, and nothing fails for it.
+    fn keep_small(&self, region: &Region, span: Span) {
+        if self.plan.small {
+            let _ = self.ram.kernel.no_huge_page(region.host_of(span));
+        }
     }
 
     fn map_file(
@@ -180,7 +190,7 @@ impl<B: Bitmap> Run<'_, '_, B> {
             Deed::Drop => {
                 before.iter().for_each(|before| set(before.span, before.piece.place.clone(), before.piece.access))
             }
-            Deed::Punch | Deed::NoHugePage => {}
+            Deed::Punch => {}
         }
     }
 
@@ -241,7 +251,7 @@ impl<B: Bitmap> Run<'_, '_, B> {
                 for step in own.iter().rev() {
                     if self.reversible(step, made) {
                         self.undo(step, &mut error);
-                    } else if !matches!(step.deed, Deed::NoHugePage) {
+                    } else {
                         let region = &self.ram.regions[step.region];
                         let lost = region.guest_of(step.span);
                         if !error.lost.contains(&lost) {
@@ -274,7 +284,7 @@ impl<B: Bitmap> Run<'_, '_, B> {
         let region = &self.ram.regions[step.region];
         let before = &self.plan.before[step.before.clone()];
         match step.deed {
-            Deed::Protect(_) | Deed::NoHugePage => true,
+            Deed::Protect(_) => true,
             // Of a home that nobody sees, nothing is lost.
             Deed::Punch => before.iter().all(|before| matches!(before.piece.place, Place::File { .. })),
             Deed::MapFile(..) | Deed::MapHome(_) | Deed::MapZero(_) | Deed::Drop => {
@@ -285,7 +295,7 @@ impl<B: Bitmap> Run<'_, '_, B> {
 
     /// Puts back what was there before a step that is reversible.
     fn undo(&mut self, step: &Step, error: &mut OperationError) -> bool {
-        if matches!(step.deed, Deed::Drop | Deed::Punch | Deed::NoHugePage) {
+        if matches!(step.deed, Deed::Drop | Deed::Punch) {
             // Nothing was there that is not there now.
             return true;
         }
@@ -332,7 +342,7 @@ impl<B: Bitmap> Run<'_, '_, B> {
                 return;
             }
             // These fail before they do anything.
-            Deed::Drop | Deed::Punch | Deed::NoHugePage => return,
+            Deed::Drop | Deed::Punch => return,
         };
         let region = &self.ram.regions[step.region];
         if self.ram.kernel.is_mapped(region.host_of(step.span)).unwrap_or(false) {
@@ -344,7 +354,10 @@ impl<B: Bitmap> Run<'_, '_, B> {
         let mut left = vec![step.span];
         while let Some(span) = left.pop() {
             match self.ram.kernel.fill_hole(region.host_of(span), region.style(access, false)) {
-                Ok(true) => filled.push(span),
+                Ok(true) => {
+                    self.keep_small(region, span);
+                    filled.push(span);
+                }
                 Ok(false) if span.len() > self.ram.page => {
                     let middle = span.start + (span.len() / self.ram.page / 2) * self.ram.page;
                     left.push(Span { start: middle, end: span.end });

@@ -471,31 +471,96 @@ fn what_cannot_be_copied_stays_shared() {
     bench.assert_pages(|page| if page == 4 || page == 5 { 96 + page as u8 } else { page as u8 + 1 });
 }
 
-#[test]
-fn huge_pages_that_cannot_be_refused_are_an_error() {
-    let bench = Bench::new(Kind::Anonymous);
-    bench.log.answer(|call| match call {
-        Call::NoHugePage => Err(io::Error::from_raw_os_error(22)),
+fn no_huge_page_fails_with(bench: &Bench, errno: i32) {
+    bench.log.answer(move |call| match call {
+        Call::NoHugePage => Err(io::Error::from_raw_os_error(errno)),
         _ => Ok(()),
     });
+}
+
+#[test]
+fn huge_pages_that_cannot_be_refused_are_an_error_and_are_not_remembered() {
+    let bench = Bench::new(Kind::Anonymous);
+    no_huge_page_fails_with(&bench, EIO);
     let error = bench.ram.no_huge_pages().unwrap_err();
     assert!(matches!(error, RamError::Call { call: Call::NoHugePage, at, .. } if at == page_at(0)), "{error:?}");
-    bench.log.heal();
-    bench.ram.no_huge_pages().unwrap();
-    // Going home fails for it, and is undone: the source has the contents.
     let file = filled(100, 8);
     bench.ram.replace(page_at(4), &source(&file, 0), 2 * PAGE).unwrap();
+    bench.log.take();
+    bench.ram.discard(guest(4, 2)).unwrap();
+    assert_eq!(bench.log.calls(), [Call::MapAnonymous]);
+    bench.log.heal();
+    bench.ram.no_huge_pages().unwrap();
+    assert!(no_huge_pages_at(bench.host(4, 1)));
+}
+
+#[test]
+fn a_kernel_without_huge_pages_has_none() {
+    const EINVAL: i32 = 22;
+    let bench = Bench::new(Kind::Anonymous);
+    no_huge_page_fails_with(&bench, EINVAL);
+    bench.ram.no_huge_pages().unwrap();
+    let file = filled(100, 8);
+    bench.ram.replace(page_at(4), &source(&file, 0), 2 * PAGE).unwrap();
+    bench.log.take();
+    bench.ram.discard(guest(4, 2)).unwrap();
+    assert_eq!(bench.log.calls(), [Call::MapAnonymous]);
+}
+
+#[test]
+fn no_operation_fails_for_the_size_of_pages() {
+    for kind in KINDS {
+        for errno in [EIO, 22, 12] {
+            let bench = Bench::new(kind);
+            bench.ram.no_huge_pages().unwrap();
+            let file = filled(100, 8);
+            bench.ram.replace(page_at(4), &source(&file, 0), 2 * PAGE).unwrap();
+            no_huge_page_fails_with(&bench, errno);
+            bench.log.take();
+            bench.ram.discard(guest(4, 2)).unwrap();
+            assert!(bench.log.calls().contains(&Call::NoHugePage));
+            bench.log.heal();
+            bench.assert_true();
+            bench.assert_pages(|page| if page == 4 || page == 5 { 0 } else { page as u8 + 1 });
+        }
+    }
+}
+
+#[test]
+fn what_is_put_back_has_no_huge_pages_either() {
+    let bench = Bench::new(Kind::Shared);
+    bench.ram.no_huge_pages().unwrap();
+    let file = filled(100, 4);
     bench.log.answer(|call| match call {
-        Call::NoHugePage => Err(io::Error::from_raw_os_error(22)),
+        Call::PunchHole => Err(io::Error::from_raw_os_error(EIO)),
         _ => Ok(()),
     });
-    let error = failed(bench.ram.discard(guest(4, 2)).unwrap_err()).unwrap();
-    assert_eq!((error.call, &*error.lost), (Call::NoHugePage, &[][..]), "{error:?}");
+    let error = failed(bench.ram.replace(page_at(4), &source(&file, 0), PAGE).unwrap_err()).unwrap();
+    assert_eq!(error.undone, [0]);
     bench.log.heal();
-    bench.assert_true();
-    bench.assert_pages(|page| if page == 4 || page == 5 { 96 + page as u8 } else { page as u8 + 1 });
-    bench.ram.discard(guest(4, 2)).unwrap();
-    bench.assert_pages(|page| if page == 4 || page == 5 { 0 } else { page as u8 + 1 });
+    assert!(no_huge_pages_at(bench.host(4, 1)));
+    assert_eq!(bench.mappings(), 1, "the kernel joins what differs in nothing");
+}
+
+#[test]
+fn what_fills_a_hole_has_no_huge_pages_either() {
+    let bench = Bench::new(Kind::Anonymous);
+    bench.ram.no_huge_pages().unwrap();
+    let file = filled(100, 4);
+    let host = bench.host(4, 1);
+    bench.log.answer(move |call| {
+        if call == Call::MapFile {
+            let at = std::ptr::with_exposed_provenance_mut(host.start().as_u64() as usize);
+            // SAFETY: a page of the test's own guest memory, which nobody touches meanwhile.
+            unsafe { rustix::mm::munmap(at, host.len() as usize) }.unwrap();
+            return Err(io::Error::from_raw_os_error(12));
+        }
+        Ok(())
+    });
+    let error = failed(bench.ram.replace(page_at(4), &source(&file, 0), PAGE).unwrap_err()).unwrap();
+    assert_eq!(error.filled, [guest(4, 1)]);
+    bench.log.heal();
+    assert!(no_huge_pages_at(host));
 }
 
 #[test]

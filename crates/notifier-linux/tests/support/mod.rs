@@ -297,3 +297,21 @@ pub(crate) fn present(range: HvaRange) -> bool {
     File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entry, at).unwrap();
     u64::from_ne_bytes(entry) >> 63 == 1
 }
+
+/// Whether huge pages are refused in the mapping that has `range`: `nh` among the `VmFlags` (`proc_pid_smaps(5)`).
+pub(crate) fn no_huge_pages_at(range: HvaRange) -> bool {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let at = range.start().as_u64();
+    let hex = |text| u64::from_str_radix(text, 16).ok();
+    let mut inside = false;
+    for line in smaps.lines() {
+        let ends = line.split(' ').next().and_then(|word| word.split_once('-'));
+        if let Some((Some(start), Some(end))) = ends.map(|(start, end)| (hex(start), hex(end))) {
+            inside = start <= at && at < end;
+        }
+        if inside && line.starts_with("VmFlags:") {
+            return line.contains(" nh");
+        }
+    }
+    panic!("nothing is mapped at {range}");
+}

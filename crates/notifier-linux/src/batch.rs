@@ -176,7 +176,8 @@ pub struct OperationError {
     /// Operations that had been done, and that were undone: RAM is as before.
     pub undone: Vec<usize>,
     /// Operations that were done and stand, because what was there before is gone. One that replaced a page may not
-    /// have given its home back to the host; repeating it, or discarding the page, does.
+    /// have given its home back to the host; repeating it, or discarding the page, does. The operation that failed is
+    /// among them if what it had done could not be undone wholly (see `undo`).
     pub standing: Vec<usize>,
     /// Ranges of the failed operation whose old contents are gone. Pages there read as zero, or as the source; those that
     /// were the guest's own copies of a file's may read as before.
@@ -185,7 +186,7 @@ pub struct OperationError {
     /// there.
     pub filled: Vec<GpaRange>,
     /// Ranges in which nothing is mapped, because filling them failed too. Whoever accesses them gets `SIGSEGV`, or what
-    /// the process maps next.
+    /// the process maps next. Discarding or replacing them maps them anew; protecting them does not.
     pub holes: Vec<GpaRange>,
     /// The first call that failed while undoing. The operation that it belongs to is among those that stand, partly.
     pub undo: Option<UndoError>,

@@ -64,11 +64,19 @@ impl Place {
 pub(crate) struct Piece {
     pub(crate) place: Place,
     pub(crate) access: Access,
+    /// Calls failed, and so did what was to put things right: the kernel may have other rights there, or nothing at all.
+    /// Whatever comes next makes its call, and does not rely on what is written here.
+    pub(crate) unsure: bool,
 }
 
 impl Piece {
-    fn after(&self, bytes: u64) -> Self {
-        Self { place: self.place.after(bytes), access: self.access }
+    pub(crate) fn new(place: Place, access: Access) -> Self {
+        Self { place, access, unsure: false }
+    }
+
+    /// The same piece, `bytes` further on.
+    pub(crate) fn after(&self, bytes: u64) -> Self {
+        Self { place: self.place.after(bytes), ..*self }
     }
 
     /// Whether the home may hold memory: what the guest sees, or what lies under what it sees.
@@ -80,7 +88,7 @@ impl Piece {
     }
 
     fn continues(&self, len: u64, next: &Self) -> bool {
-        self.access == next.access && self.place.continues(len, &next.place)
+        (self.access, self.unsure) == (next.access, next.unsure) && self.place.continues(len, &next.place)
     }
 }
 
@@ -94,7 +102,7 @@ pub(crate) struct Layout {
 
 impl Layout {
     pub(crate) fn new(len: u64, access: Access) -> Self {
-        Self { pieces: BTreeMap::from([(0, Piece { place: Place::Home, access })]), len }
+        Self { pieces: BTreeMap::from([(0, Piece::new(Place::Home, access))]), len }
     }
 
     /// How many there are.
@@ -170,7 +178,7 @@ mod tests {
     const PAGES: u64 = 24;
 
     /// What a page is, in one number: the model keeps one for each page.
-    fn digest(piece: &Piece, files: &[Arc<File>]) -> (u64, u8) {
+    fn digest(piece: &Piece, files: &[Arc<File>]) -> (u64, u8, bool) {
         let place = match &piece.place {
             Place::Home => 0,
             Place::Anonymous => 1,
@@ -179,7 +187,7 @@ mod tests {
                 2 + u64::from(*kept) + 2 * index + 4 * offset / PAGE
             }
         };
-        (place, piece.access.bits())
+        (place, piece.access.bits(), piece.unsure)
     }
 
     #[test]
@@ -194,7 +202,7 @@ mod tests {
             random % below
         };
         let mut layout = Layout::new(PAGES * PAGE, Access::RW);
-        let mut model = vec![(0, Access::RW.bits()); PAGES as usize];
+        let mut model = vec![(0, Access::RW.bits(), false); PAGES as usize];
         for _ in 0..20_000 {
             let first = next(PAGES);
             let count = 1 + next(PAGES - first);
@@ -209,7 +217,7 @@ mod tests {
                     kept: next(2) == 0,
                 },
             };
-            let piece = Piece { place, access };
+            let piece = Piece { place, access, unsure: next(8) == 0 };
             for page in first..first + count {
                 model[page as usize] = digest(&piece.after((page - first) * PAGE), &files);
             }

@@ -114,6 +114,8 @@ enum Then {
 fn discard_needs(piece: &Piece, home: &Home) -> Need {
     let own = !matches!(home, Home::Anonymous | Home::Private { template: true, .. });
     let then = match (&piece.place, home) {
+        (_, Home::Private { template: true, .. }) if piece.unsure => Then::MapZero(piece.access),
+        _ if piece.unsure => Then::MapHome(piece.access),
         (Place::Home, Home::Shared(..)) => Then::Nothing,
         (Place::Home | Place::Anonymous, Home::Anonymous) => Then::Drop,
         (Place::Home, Home::Private { template: false, .. }) => Then::Drop,
@@ -133,7 +135,7 @@ fn replace_needs(span: Span, piece: &Piece, home: &Home, source: &Source, from: 
         }
         _ => false,
     };
-    Need { punch: false, then: if same { Then::Drop } else { Then::MapSource(piece.access) } }
+    Need { punch: false, then: if same && !piece.unsure { Then::Drop } else { Then::MapSource(piece.access) } }
 }
 
 /// Which calls the layout asks for.
@@ -147,7 +149,7 @@ pub(crate) fn plan<B: Bitmap>(ram: &GuestRam<B>, operations: &[Operation<'_>], s
             let need = match operation.what {
                 What::Discard => Some(discard_needs(&piece, &region.home)),
                 What::Replace(source) => Some(replace_needs(span, &piece, &region.home, source, operation.span)),
-                What::Protect(access) if *access == piece.access => None,
+                What::Protect(access) if *access == piece.access && !piece.unsure => None,
                 What::Protect(_) => Some(Need { punch: false, then: Then::Protect }),
             };
             if open.is_some_and(|(open, _)| Some(open) != need) {

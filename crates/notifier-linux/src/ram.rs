@@ -480,7 +480,9 @@ impl<B: Bitmap> GuestRam<B> {
         })
     }
 
-    /// The host rights of the page at `at`; `None` outside of RAM.
+    /// The host rights of the page at `at`; `None` outside of RAM. Where setting them failed and undoing that failed too
+    /// ([`OperationError::undo`](crate::OperationError)), what they were or what they were to be; the next
+    /// [`GuestRam::protect`] sets them, whichever they are.
     pub fn access_at(&self, at: Gpa) -> Option<Access> {
         self.piece_at(at).map(|(_, _, piece)| piece.access)
     }

@@ -170,7 +170,7 @@ impl<B: Bitmap> Run<'_, '_, B> {
     /// Writes down what a step did.
     fn note(&mut self, step: &Step) {
         let before = &self.plan.before[step.before.clone()];
-        let mut set = |span, place, access| self.claim.changes.push((step.region, span, Piece { place, access }));
+        let mut set = |span, place, access| self.claim.changes.push((step.region, span, Piece::new(place, access)));
         match &step.deed {
             // What the home underneath held is known for each piece that was there.
             Deed::MapFile(file, offset, access) => {
@@ -235,9 +235,8 @@ impl<B: Bitmap> Run<'_, '_, B> {
         });
         let (made, open) = if step.is_some() { (&plan.holes[..0], true) } else { (&plan.holes[..holes], false) };
         self.punched(made);
-        if let Some(step) = step {
-            self.mend(step, &mut error);
-        }
+        // Whether the operation that failed is as if it had not been begun, but for what is lost.
+        let mut whole = step.is_none_or(|step| self.mend(step, &mut error));
 
         // From the last to the first, as the calls were made.
         let mut end = steps;
@@ -250,7 +249,7 @@ impl<B: Bitmap> Run<'_, '_, B> {
                 // Half done: what can be is undone, the rest is lost.
                 for step in own.iter().rev() {
                     if self.reversible(step, made) {
-                        self.undo(step, &mut error);
+                        whole &= self.undo(step, &mut error);
                     } else {
                         let region = &self.ram.regions[step.region];
                         let lost = region.guest_of(step.span);
@@ -266,6 +265,9 @@ impl<B: Bitmap> Run<'_, '_, B> {
             } else {
                 error.standing.push(index);
             }
+        }
+        if !whole {
+            error.standing.push(operation);
         }
         // What needed no call is as it was asked for.
         for index in (0..operations.len()).filter(|&index| if open { index < operation } else { true }) {
@@ -299,19 +301,22 @@ impl<B: Bitmap> Run<'_, '_, B> {
             // Nothing was there that is not there now.
             return true;
         }
-        let protection = matches!(step.deed, Deed::Protect(_));
+        let rights = match step.deed {
+            Deed::Protect(access) => Some(access),
+            _ => None,
+        };
         let before = &self.plan.before[step.before.clone()];
         // All of them, also after one that failed.
-        let failed = before.iter().filter(|before| !self.put_back(step.region, before, protection, error)).count();
+        let failed = before.iter().filter(|before| !self.put_back(step.region, before, rights, error)).count();
         failed == 0
     }
 
-    /// Puts back one piece.
-    fn put_back(&mut self, index: usize, before: &Before, protection: bool, error: &mut OperationError) -> bool {
+    /// Puts back one piece; where it is a matter of rights alone, the layout has `rights` if they cannot be put back.
+    fn put_back(&mut self, index: usize, before: &Before, rights: Option<Access>, error: &mut OperationError) -> bool {
         let region = &self.ram.regions[index];
         let access = before.piece.access;
         let made = match &before.piece.place {
-            _ if protection => self.protect(region, before.span, access),
+            _ if rights.is_some() => self.protect(region, before.span, access),
             Place::File { file, offset, .. } => self.map_file(region, before.span, file, *offset, access, false),
             Place::Home | Place::Anonymous => self.map_home(region, before.span, access),
         };
@@ -323,34 +328,41 @@ impl<B: Bitmap> Run<'_, '_, B> {
             Err((call, source)) => {
                 let at = region.guest_of(before.span).start();
                 error.undo.get_or_insert(UndoError { at, call, source });
+                if let Some(access) = rights {
+                    // A part of it may have the one, a part the other.
+                    let piece = Piece { access, unsure: true, ..before.piece.clone() };
+                    self.claim.changes.push((index, before.span, piece));
+                }
                 false
             }
         }
     }
 
-    /// Sees to what a step that failed may have done all the same.
-    fn mend(&mut self, step: &Step, error: &mut OperationError) {
+    /// Sees to what a step that failed may have done all the same. Whether it is as if it had not been tried, but for what
+    /// the error has as lost.
+    fn mend(&mut self, step: &Step, error: &mut OperationError) -> bool {
         let plan = self.plan;
         let before = &plan.before[step.before.clone()];
         let access = match step.deed {
             Deed::MapFile(_, _, access) | Deed::MapHome(access) | Deed::MapZero(access) => access,
             Deed::Protect(_) => {
                 // `mprotect(2)`: the mappings before the one that it failed at may have been changed.
+                let mut whole = true;
                 for before in before {
-                    self.put_back(step.region, before, true, error);
+                    whole &= self.put_back(step.region, before, Some(before.piece.access), error);
                 }
-                return;
+                return whole;
             }
             // These fail before they do anything.
-            Deed::Drop | Deed::Punch => return,
+            Deed::Drop | Deed::Punch => return true,
         };
         let region = &self.ram.regions[step.region];
         if self.ram.kernel.is_mapped(region.host_of(step.span)).unwrap_or(false) {
-            return;
+            return true;
         }
         // The kernel took the old mapping away and then failed. Before anything else of this process lands there:
         // filled, by halves, for a part of it may still be mapped.
-        let mut filled = Vec::new();
+        let (mut filled, mut holes) = (Vec::new(), Vec::new());
         let mut left = vec![step.span];
         while let Some(span) = left.pop() {
             match self.ram.kernel.fill_hole(region.host_of(span), region.style(access, false)) {
@@ -364,12 +376,23 @@ impl<B: Bitmap> Run<'_, '_, B> {
                     left.push(Span { start: span.start, end: middle });
                 }
                 Ok(false) => {}
-                Err(_) => error.holes.push(region.guest_of(span)),
+                Err(_) => holes.push(span),
             }
         }
         let place = if matches!(region.home, Home::Anonymous) { Place::Home } else { Place::Anonymous };
         for &span in &filled {
-            self.claim.changes.push((step.region, span, Piece { place: place.clone(), access }));
+            self.claim.changes.push((step.region, span, Piece::new(place.clone(), access)));
+        }
+        for span in holes {
+            error.holes.push(region.guest_of(span));
+            // What goes home, or is replaced, is mapped there anew.
+            for before in before {
+                let part = Span { start: span.start.max(before.span.start), end: span.end.min(before.span.end) };
+                if part.start < part.end {
+                    let piece = before.piece.after(part.start - before.span.start);
+                    self.claim.changes.push((step.region, part, Piece { unsure: true, ..piece }));
+                }
+            }
         }
         for before in before {
             let hit = |span: &&Span| span.start < before.span.end && before.span.start < span.end;
@@ -378,7 +401,7 @@ impl<B: Bitmap> Run<'_, '_, B> {
                 continue;
             }
             let recoverable = recoverable(region, step.region, before, &[]);
-            if recoverable && self.put_back(step.region, before, false, error) {
+            if recoverable && self.put_back(step.region, before, None, error) {
                 continue;
             }
             for span in zeros {
@@ -387,6 +410,7 @@ impl<B: Bitmap> Run<'_, '_, B> {
                 error.lost.push(region.guest_of(span));
             }
         }
+        true
     }
 }
 

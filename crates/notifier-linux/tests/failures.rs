@@ -338,6 +338,34 @@ fn a_home_that_was_kept_is_given_back_when_replacing_is_repeated() {
 }
 
 #[test]
+fn rights_that_could_not_be_put_back_are_named_and_are_set_by_the_next_protect() {
+    let bench = Bench::new(Kind::Anonymous);
+    bench.ram.protect(guest(5, 1), Access::READ).unwrap();
+    // Page 4 is protected, page 5 is so already, page 6 fails; page 4 cannot be put back.
+    let made = AtomicUsize::new(0);
+    bench.log.answer(move |call| match call {
+        Call::Protect if made.fetch_add(1, Ordering::Relaxed) >= 1 => Err(io::Error::from_raw_os_error(EIO)),
+        _ => Ok(()),
+    });
+    let error = failed(bench.ram.protect(guest(4, 3), Access::READ).unwrap_err()).unwrap();
+    bench.log.heal();
+    assert_eq!((error.operation, &*error.standing), (0, &[0][..]), "{error:?}");
+    assert!(error.undo.is_some(), "{error:?}");
+    bench.assert_true();
+    bench.log.take();
+    bench.ram.protect(guest(4, 1), Access::READ).unwrap();
+    assert_eq!(bench.log.calls(), [Call::Protect], "what is not sure is set");
+    bench.ram.protect(guest(4, 1), Access::READ).unwrap();
+    assert_eq!(bench.log.calls(), []);
+    bench.ram.protect(guest(6, 1), Access::RW).unwrap();
+    assert_eq!(bench.log.calls(), [Call::Protect], "what failed is not sure either");
+    bench.assert_true();
+    bench.ram.protect(guest(0, PAGES), Access::RW).unwrap();
+    assert_eq!(bench.mappings(), 1);
+    bench.assert_pages(|page| page as u8 + 1);
+}
+
+#[test]
 fn undone_operations_are_named() {
     let stage = set(Kind::Shared, &SCENES[8]);
     let bench = &stage.bench;
@@ -423,6 +451,19 @@ fn a_hole_that_cannot_be_filled_is_named() {
     let mut expected = stage.before.clone();
     apply(&mut expected, SCENES[1].batch);
     stage.assert_pages(&expected, "repeated");
+}
+
+#[test]
+fn discarding_a_hole_maps_it_anew() {
+    for kind in KINDS {
+        let (stage, error) = with_hole(kind, &SCENES[1], Call::MapFile, Some(Call::FillHole));
+        let bench = &stage.bench;
+        assert_eq!(error.holes, [guest(4, 4)], "{error:?}");
+        bench.ram.discard(guest(4, 4)).unwrap();
+        let mut expected = stage.before.clone();
+        expected[4..8].iter_mut().for_each(|page| page.0 = 0);
+        stage.assert_pages(&expected, &format!("{kind:?}"));
+    }
 }
 
 #[test]

@@ -27,7 +27,7 @@ use linux_raw_sys::{
 use notifier_core::{Access, HvaRange};
 use rustix::{
     event::{PollFd, Timespec},
-    fs::{FallocateFlags, Mode, OFlags},
+    fs::{FallocateFlags, Mode, OFlags, SealFlags},
     io::Errno,
     ioctl::{Ioctl, IoctlOutput, Opcode, opcode},
     mm::{Advice, MapFlags, MprotectFlags, MsyncFlags, ProtFlags, UserfaultfdFlags},
@@ -68,6 +68,8 @@ pub enum Call {
     PunchHole,
     /// `fstat`, for the length of a file, and which it is.
     FileFacts,
+    /// `fcntl(F_GETFL)` and `fcntl(F_GET_SEALS)`, for whether a file can be written to.
+    FileRights,
     /// `userfaultfd`, or `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`.
     OpenUserfaultfd,
     /// `UFFDIO_API`.
@@ -110,6 +112,7 @@ impl Call {
         Call::NoHugePage,
         Call::PunchHole,
         Call::FileFacts,
+        Call::FileRights,
         Call::OpenUserfaultfd,
         Call::UserfaultfdApi,
         Call::Register,
@@ -139,6 +142,7 @@ impl Call {
             Call::NoHugePage => "madvise(MADV_NOHUGEPAGE)",
             Call::PunchHole => "fallocate(FALLOC_FL_PUNCH_HOLE)",
             Call::FileFacts => "fstat",
+            Call::FileRights => "fcntl(F_GETFL, F_GET_SEALS)",
             Call::OpenUserfaultfd => "userfaultfd",
             Call::UserfaultfdApi => "UFFDIO_API",
             Call::Register => "UFFDIO_REGISTER",
@@ -343,6 +347,25 @@ impl Kernel {
         self.ask(Call::FileFacts)?;
         let stat = rustix::fs::fstat(file)?;
         Ok(FileFacts { length: u64::try_from(stat.st_size).unwrap_or(0), identity: (stat.st_dev, stat.st_ino) })
+    }
+
+    /// What keeps holes from being punched into a file: a descriptor that is not open for writing (`vfs_fallocate`), or a
+    /// seal (`shmem_fallocate`). What else may (quotas, an immutable file) is not looked for.
+    pub(crate) fn punch_obstacle(&self, file: BorrowedFd<'_>) -> io::Result<Option<&'static str>> {
+        self.ask(Call::FileRights)?;
+        let flags = rustix::fs::fcntl_getfl(file)?;
+        let mode = flags & OFlags::ACCMODE;
+        if flags.contains(OFlags::PATH) || (mode != OFlags::WRONLY && mode != OFlags::RDWR) {
+            return Ok(Some("it is not open for writing"));
+        }
+        match rustix::fs::fcntl_get_seals(file) {
+            Ok(seals) if seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE) => {
+                Ok(Some("it is sealed against writing"))
+            }
+            // Files that have no seals say so by EINVAL.
+            Ok(_) | Err(Errno::INVAL) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     // ---- userfaultfd ----

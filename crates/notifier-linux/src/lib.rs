@@ -16,8 +16,9 @@
 //! layout: what is mapped at each page, and with which rights.
 //!
 //! **A home** is what vm-memory mapped at a page: private anonymous memory, a shared file (a memfd), or a private mapping of
-//! a file, which may be a *template* that other guests map too. Discarded pages are at home; where the home is a template,
-//! which may not be changed, private zeros lie over it.
+//! a file. Discarded pages are at home. A file that is mapped privately may be a snapshot, or a *template* that other guests
+//! map too, and is never changed: there private zeros lie over the home. Where it is said to be the guest's own
+//! ([`GuestRamBuilder::own_files`]), its memory goes back too, as a shared file's does.
 //!
 //! **A [`Source`]** is bytes of a file that are mapped, privately, in the place of guest memory: the page that several guests
 //! share. The guest's first write takes a copy, by the kernel and without notice; so whoever translates to a merged page does

@@ -90,6 +90,16 @@ pub enum BuildError {
         /// Bytes of the file.
         length: u64,
     },
+    /// A region's file is one that memory is given back from (a shared one, or the guest's own by
+    /// [`GuestRamBuilder::own_files`]), and holes cannot be punched into it: the descriptor is not open for writing, or
+    /// the file is sealed against writing (`F_SEAL_WRITE`, `F_SEAL_FUTURE_WRITE`). `fallocate(2)`: `EBADF`, `EPERM`.
+    #[error("the file of the region at {start} is to give memory back, and cannot be written to: {why}")]
+    NotWritable {
+        /// Where the region begins.
+        start: Gpa,
+        /// What keeps it from being written to.
+        why: &'static str,
+    },
     /// The process's mappings could not be counted.
     #[error(transparent)]
     Budget(#[from] BudgetError),
@@ -227,7 +237,7 @@ pub struct GuestRamBuilder<B: Bitmap = ()> {
     memory: GuestMemoryMmap<B>,
     kernel: Kernel,
     flags: SlotFlags,
-    template: bool,
+    own_files: bool,
     reserve: Option<u64>,
     budget: Option<Arc<VmaBudget>>,
 }
@@ -239,10 +249,11 @@ impl<B: Bitmap> GuestRamBuilder<B> {
         self
     }
 
-    /// The files of private mappings are shared with others (templates of clones), and are never changed. Unless said,
-    /// they are this guest's own, and discarding gives their memory back too.
-    pub fn template(mut self, template: bool) -> Self {
-        self.template = template;
+    /// The files of private mappings are this guest's own, and nobody needs their contents: discarding and replacing punch
+    /// holes into them, so that their memory goes back too. Unless said they are not changed, ever: they may be a snapshot,
+    /// or the template of several clones. (Files of shared mappings are the guest's memory; their memory always goes back.)
+    pub fn own_files(mut self, own: bool) -> Self {
+        self.own_files = own;
         self
     }
 
@@ -301,11 +312,17 @@ impl<B: Bitmap> GuestRamBuilder<B> {
                     {
                         return Err(BuildError::FileEnds { start, length: facts.length });
                     }
-                    punched = (shared || !self.template).then_some((facts.identity, offset));
+                    if shared || self.own_files {
+                        let obstacle = self.kernel.punch_obstacle(file.as_fd());
+                        if let Some(why) = obstacle.map_err(|source| BuildError::File { start, source })? {
+                            return Err(BuildError::NotWritable { start, why });
+                        }
+                        punched = Some((facts.identity, offset));
+                    }
                     if shared {
                         Home::Shared(file, offset)
                     } else {
-                        Home::Private { file, offset, template: self.template }
+                        Home::Private { file, offset, template: !self.own_files }
                     }
                 }
             };
@@ -368,8 +385,11 @@ fn access_of(prot: i32) -> Access {
 /// |---|---|---|
 /// | private, anonymous | `MADV_DONTNEED` | a file mapped over |
 /// | shared file (memfd) | hole punched into the file | a file mapped over, then the hole |
-/// | private file of its own | hole, `MADV_DONTNEED` | a file mapped over, then the hole |
-/// | private file that is a template | anonymous memory mapped over | a file mapped over |
+/// | private file | anonymous memory mapped over | a file mapped over |
+/// | private file, with [`own_files`](GuestRamBuilder::own_files) | hole, `MADV_DONTNEED` | a file mapped over, then the hole |
+///
+/// A file that holes are punched into has to be open for writing. The files of private mappings are not changed, unless
+/// they are said to be the guest's own.
 ///
 /// All lengths are in bytes, all ranges multiples of the host's page size, each within one region. Dropping it removes
 /// the slots from the space.
@@ -405,7 +425,7 @@ impl<B: Bitmap> GuestRam<B> {
             memory,
             kernel: Kernel::new(),
             flags: SlotFlags::empty(),
-            template: false,
+            own_files: false,
             reserve: None,
             budget: None,
         }

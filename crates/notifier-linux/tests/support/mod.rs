@@ -169,7 +169,7 @@ impl Bench {
             }
         }
         let subscription = Some(space.subscribe(log.clone()).unwrap());
-        let builder = GuestRam::builder(&space, memory).kernel(log.kernel()).template(kind == Kind::Template);
+        let builder = GuestRam::builder(&space, memory).kernel(log.kernel()).own_files(kind == Kind::Private);
         let ram = builder.build().unwrap();
         log.take();
         Self { space, ram, home, log, kind, subscription }

@@ -223,7 +223,9 @@ impl WriteFence {
     /// writers in: they are not to wait for nobody.
     ///
     /// # Errors
-    /// [`FenceError::Call`]: a part of it may still be armed. Doing it again is right, and so is dropping the fence.
+    /// [`FenceError::Call`]: a part of it may still be armed, and its writers wait. Everything else was done all the
+    /// same. Doing it again does what is left (what was unregistered is left alone: it may be another fence's by now),
+    /// and so does dropping the fence.
     pub fn disband(&self) -> Result<(), FenceError> {
         *self.disbanded.write() = true;
         self.uffd.unregister_all().map_err(|(call, range, source)| FenceError::Call { call, range, source })

@@ -17,6 +17,7 @@ use linux_raw_sys::general::{
     uffd_msg__bindgen_ty_1, uffd_msg__bindgen_ty_1__bindgen_ty_5,
 };
 use notifier_core::{AddrRange, Hva, HvaRange};
+use parking_lot::Mutex;
 use rustix::{event::EventfdFlags, io::Errno};
 
 use crate::{
@@ -91,6 +92,9 @@ const FEATURES: [(u32, Feature); 7] = [
     (UFFD_FEATURE_EVENT_REMAP, Feature::EventRemap),
 ];
 
+/// Calls that unregistering may take until it no longer looks for what is in the way.
+const CALLS: u32 = 1 << 16;
+
 /// One message of a userfaultfd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Message {
@@ -131,6 +135,9 @@ pub(crate) struct Uffd {
     fd: OwnedFd,
     /// What may be registered: sorted, joined.
     ranges: Vec<HvaRange>,
+    /// Those of them that were not unregistered for good. What was is never unregistered again: it may be another
+    /// userfaultfd's by then, which not every kernel asks about.
+    left: Mutex<Vec<HvaRange>>,
     page_size: u64,
 }
 
@@ -144,7 +151,8 @@ impl Uffd {
         let fd = open(kernel, features)?;
         let mut ranges = ranges.to_vec();
         join(&mut ranges);
-        let this = Self { kernel: kernel.clone(), fd, ranges, page_size };
+        let left = Mutex::new(ranges.clone());
+        let this = Self { kernel: kernel.clone(), fd, ranges, left, page_size };
         // An early return drops the descriptor, and with it what was registered.
         this.ranges.iter().try_for_each(|&range| this.register(range))?;
         Ok(this)
@@ -201,6 +209,9 @@ impl Uffd {
             true => insist(|| self.kernel.write_protect(self.fd(), piece)),
             false => insist(|| self.kernel.lift(self.fd(), piece, true)),
         };
+        if self.left.lock().is_empty() {
+            return Err(ProtectError::Lapsed { address: range.start() });
+        }
         let is_lapsed = |error: &io::Error| Errno::from_io_error(error) == Some(Errno::NOENT);
         match attempt(range) {
             Ok(()) => return Ok(()),
@@ -232,19 +243,58 @@ impl Uffd {
         }
     }
 
-    /// Nothing is registered, nothing protected, and nobody waits any more. All of it is tried, whatever fails; the first
-    /// failure is returned.
+    /// For good: nothing is registered, nothing protected, and nobody waits any more. All of it is tried, whatever
+    /// fails; the first failure is returned, and the next call does what is left. Nothing may be registered meanwhile or
+    /// later.
     ///
     /// Unregistering makes writable, and wakes nobody who waits for a write (`userfaultfd_unregister` wakes for missing
     /// pages only).
     pub(crate) fn unregister_all(&self) -> Result<(), (Call, HvaRange, io::Error)> {
         let mut done = Ok(());
+        let mut calls = 0;
+        let mut left = self.left.lock();
+        left.retain(|&range| {
+            let gone = self.unregister(range, &mut calls);
+            let is_left = gone.is_err();
+            if done.is_ok() {
+                done = gone.map_err(|(range, error)| (Call::Unregister, range, error));
+            }
+            is_left
+        });
+        // Whoever waited is woken each time, also where it was unregistered before and waking failed.
         for &range in &self.ranges {
-            let gone = insist(|| self.kernel.unregister(self.fd(), range));
             let woken = self.wake(range);
-            done = done
-                .and(gone.map_err(|error| (Call::Unregister, range, error)))
-                .and(woken.map_err(|error| (Call::Wake, range, error)));
+            done = done.and(woken.map_err(|error| (Call::Wake, range, error)));
+        }
+        done
+    }
+
+    /// Unregisters what is registered of `range`, whatever else lies in it.
+    ///
+    /// The kernel refuses all of a range, with EINVAL, where it holds nothing or any memory that could not be registered
+    /// (`userfaultfd_unregister` in fs/userfaultfd.c): a page of a file on a disk that was mapped over, say. Halving
+    /// leaves that out.
+    fn unregister(&self, range: HvaRange, calls: &mut u32) -> Result<(), (HvaRange, io::Error)> {
+        let mut done = Ok(());
+        let mut todo = vec![range];
+        while let Some(piece) = todo.pop() {
+            *calls += 1;
+            let error = match insist(|| self.kernel.unregister(self.fd(), piece)) {
+                Ok(()) => continue,
+                Err(error) => error,
+            };
+            if Errno::from_io_error(&error) == Some(Errno::INVAL) && *calls < CALLS {
+                if piece.len() > self.page_size {
+                    todo.extend(self.halves(piece));
+                    continue;
+                }
+                // ENOENT: nothing is mapped, or it is not registered (`mwriteprotect_range` in mm/userfaultfd.c).
+                let lifted = insist(|| self.kernel.lift(self.fd(), piece, true));
+                if lifted.is_err_and(|error| Errno::from_io_error(&error) == Some(Errno::NOENT)) {
+                    continue;
+                }
+            }
+            done = done.and(Err((piece, error)));
         }
         done
     }

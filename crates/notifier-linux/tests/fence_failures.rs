@@ -13,7 +13,7 @@ use std::{
         mpsc::channel,
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use mappings::{KINDS, Kind, Mapping, memfd};
@@ -340,6 +340,103 @@ fn dropping_lets_waiters_go_on_whatever_fails() {
             assert!(memory.get(0) == 7 && !memory.state(0).write_protected, "{kind:?}");
             WriteFence::new(&Kernel::new(), &[memory.range()]).unwrap();
         }
+    }
+}
+
+#[test]
+fn a_fence_that_could_not_be_disbanded_is_by_doing_it_again() {
+    if !possible() {
+        return;
+    }
+    for kind in KINDS {
+        // The first of two ranges, or the second.
+        for (call, after) in [(Call::Unregister, 0), (Call::Unregister, 1), (Call::Wake, 0), (Call::Wake, 1)] {
+            let (memory, faults) = (Mapping::new(kind, 3), Faults::default());
+            let ranges = [memory.page(0), memory.page(2)];
+            thread::scope(|scope| {
+                // Dropped where an assertion fails, and so nobody waits for ever.
+                let fence = WriteFence::new(&faults.kernel(), &ranges).unwrap();
+                ranges.iter().for_each(|&range| fence.arm(range).unwrap());
+                let writers = [0, 2].map(|page| {
+                    let memory = &memory;
+                    scope.spawn(move || memory.set(page, 7))
+                });
+                let mut waiting = Vec::new();
+                while waiting.len() < 2 {
+                    fence.next_batch(&mut waiting, LONG).unwrap();
+                }
+                faults.fail(call, after, 1, EIO);
+                match fence.disband().unwrap_err() {
+                    FenceError::Call { call: named, range, source } => {
+                        assert!(named == call && range == ranges[after as usize] && is_eio(&source), "{source}");
+                    }
+                    other => panic!("{other}"),
+                }
+                faults.spent();
+                // The other one goes on, whichever failed.
+                let until = Instant::now() + LONG;
+                while !writers[1 - after as usize].is_finished() {
+                    assert!(Instant::now() < until, "the other writer waits");
+                    thread::yield_now();
+                }
+                assert!(matches!(fence.arm(ranges[0]), Err(FenceError::Disbanded { range }) if range == ranges[0]));
+                assert!(!writers[after as usize].is_finished());
+                fence.disband().unwrap();
+                while !writers.iter().all(|writer| writer.is_finished()) {
+                    assert!(Instant::now() < until, "a writer waits though the fence was disbanded");
+                    thread::yield_now();
+                }
+                fence.disband().unwrap();
+            });
+            assert!(memory.get(0) == 7 && memory.get(2) == 7);
+        }
+    }
+}
+
+#[test]
+fn a_fence_that_ended_lets_its_memory_be_another_ones() {
+    if !possible() {
+        return;
+    }
+    for kind in KINDS {
+        let (memory, faults) = (Mapping::new(kind, 3), Faults::default());
+        let ranges = [memory.page(0), memory.page(2)];
+        let fence = WriteFence::new(&faults.kernel(), &ranges).unwrap();
+        faults.fail(Call::Unregister, 1, 1, EIO);
+        fence.disband().unwrap_err();
+        let other = WriteFence::new(&Kernel::new(), &[memory.page(0)]).unwrap();
+        other.arm(memory.page(0)).unwrap();
+        // Whatever the first one still has to do, this is not its own any more.
+        fence.disband().unwrap();
+        fence.disband().unwrap();
+        drop(fence);
+        assert!(memory.state(0).write_protected, "{kind:?}");
+        other.arm(memory.page(0)).unwrap();
+    }
+}
+
+#[test]
+fn a_fence_ends_around_memory_that_could_not_be_fenced() {
+    if !possible() {
+        return;
+    }
+    let disk = std::fs::File::open(std::env::current_exe().unwrap()).unwrap();
+    for kind in KINDS {
+        let memory = Mapping::new(kind, 9);
+        let fence = WriteFence::new(&Kernel::new(), &[memory.range()]).unwrap();
+        fence.arm(memory.range()).unwrap();
+        memory.map_over(3, &disk, 0);
+        memory.map_over(6, &disk, 0);
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| memory.set(8, 7));
+            fence.next(LONG).unwrap().unwrap();
+            let outcome = fence.disband();
+            // Otherwise it waits for ever.
+            drop(fence);
+            writer.join().unwrap();
+            outcome.unwrap();
+        });
+        (0..9).filter(|page| ![3, 6].contains(page)).for_each(|page| assert!(!memory.state(page).write_protected));
     }
 }
 

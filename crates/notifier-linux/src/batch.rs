@@ -14,7 +14,7 @@
 use std::{fs::File, io, os::fd::AsFd, sync::Arc};
 
 use notifier_core::{
-    Access, AddrRange, CloseError, Gpa, GpaRange, Hva, HvaRange, Key, LeasePolicy, OpenError, RangeError, SlotId,
+    Access, AddrRange, CloseError, Gpa, GpaRange, HvaRange, Key, LeasePolicy, OpenError, RangeError, SlotId,
 };
 use vm_memory::bitmap::Bitmap;
 
@@ -426,17 +426,18 @@ fn populate<B: Bitmap>(ram: &GuestRam<B>, operations: &[Operation<'_>]) -> Resul
         ram.kernel.populate_read(host).map_err(|source| RamError::Populate { at, call, source })
     };
     for operation in wanted {
-        if !ram.access_at(operation.range.start()).is_some_and(|access| access.contains(Access::READ)) {
-            continue;
+        let region = &ram.regions[operation.region];
+        // What must not be read is not faulted in for reading.
+        for span in ram.readable(operation.region, operation.span) {
+            let host: HvaRange = region.host_of(span);
+            run = match run.take() {
+                Some((at, before)) if before.end() == host.start() => before.joined(&host).map(|joined| (at, joined)),
+                other => {
+                    other.map_or(Ok(()), read)?;
+                    Some((region.guest_of(span).start(), host))
+                }
+            };
         }
-        let host: AddrRange<Hva> = operation.host(ram);
-        run = match run.take() {
-            Some((at, before)) if before.end() == host.start() => before.joined(&host).map(|joined| (at, joined)),
-            other => {
-                other.map_or(Ok(()), read)?;
-                Some((operation.range.start(), host))
-            }
-        };
     }
     run.map_or(Ok(()), read)
 }

@@ -155,7 +155,7 @@ impl Source {
     }
 
     /// Fault the pages in for reading after they were mapped (`MADV_POPULATE_READ`, Linux 5.14), instead of one by one
-    /// when they are used.
+    /// when they are used. Pages whose rights forbid reading are left out.
     #[must_use]
     pub fn populated(mut self) -> Self {
         self.populate = true;
@@ -505,6 +505,13 @@ impl<B: Bitmap> GuestRam<B> {
     /// [`GuestRam::protect`] sets them, whichever they are.
     pub fn access_at(&self, at: Gpa) -> Option<Access> {
         self.piece_at(at).map(|(_, _, piece)| piece.access)
+    }
+
+    /// The parts of `span` that the host may read.
+    pub(crate) fn readable(&self, region: usize, span: Span) -> Vec<Span> {
+        let state = self.state.lock();
+        let readable = |(span, piece): (Span, Piece)| piece.access.contains(Access::READ).then_some(span);
+        state.layouts[region].within(span).filter_map(readable).collect()
     }
 
     /// The page that holds `at`, and what is there.

@@ -559,6 +559,20 @@ fn a_populated_source_is_there_before_it_is_used() {
 }
 
 #[test]
+fn what_must_not_be_read_is_not_populated() {
+    let bench = Bench::new(Kind::Anonymous);
+    let file = filled(100, 8);
+    bench.ram.protect(guest(5, 1), Access::empty()).unwrap();
+    bench.ram.protect(guest(8, 1), Access::empty()).unwrap();
+    bench.ram.replace(page_at(4), &source(&file, 0).populated(), 3 * PAGE).unwrap();
+    bench.ram.replace(page_at(8), &source(&file, 0).populated(), 2 * PAGE).unwrap();
+    for (page, there) in [(4, true), (5, false), (6, true), (8, false), (9, true)] {
+        assert_eq!(present(bench.host(page, 1)), there, "page {page}");
+    }
+    bench.assert_true();
+}
+
+#[test]
 fn what_goes_home_has_no_huge_pages_either() {
     let bench = Bench::new(Kind::Anonymous);
     bench.ram.no_huge_pages().unwrap();

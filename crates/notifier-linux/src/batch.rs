@@ -131,6 +131,15 @@ pub enum RamError {
     /// Everything was done, but a window could not be closed: its range stays in progress.
     #[error("everything was done: {0}")]
     Close(#[from] CloseError),
+    /// An operation failed, and besides a window could not be closed: its range stays in progress, as with
+    /// [`RamError::Close`].
+    #[error("{error}; and besides: {close}")]
+    Unclosed {
+        /// Why the operation failed, and what is so now. Never [`RamError::Unclosed`] itself.
+        error: Box<RamError>,
+        /// What happened to the first window that was not closed.
+        close: CloseError,
+    },
     /// A call failed. What was done before was undone where it could be.
     #[error(transparent)]
     Failed(#[from] Box<OperationError>),
@@ -320,8 +329,11 @@ impl<'r, B: Bitmap> Batch<'r, B> {
         for window in windows.into_iter().rev() {
             closed = closed.and(window.close());
         }
-        done?;
-        Ok(closed?)
+        match (done, closed) {
+            (done, Ok(())) => done,
+            (Ok(()), Err(close)) => Err(close.into()),
+            (Err(error), Err(close)) => Err(RamError::Unclosed { error: Box::new(error), close }),
+        }
     }
 
     /// All that can be known to be wrong before the layout is looked at.

@@ -488,6 +488,53 @@ fn what_cannot_be_faulted_in_ahead_is_there_all_the_same() {
     bench.ram.populate(guest(8, 1)).unwrap();
 }
 
+/// One whose `end` panics, which is all that keeps a window from closing.
+struct Breaks;
+
+impl notifier_core::Subscriber for Breaks {
+    fn start(&self, _: &notifier_core::Coverage<'_>) -> Result<(), notifier_core::SubscriberError> {
+        Ok(())
+    }
+    fn zap(&self, _: &notifier_core::Coverage<'_>) -> Result<(), notifier_core::SubscriberError> {
+        Ok(())
+    }
+    fn end(&self, _: &notifier_core::Coverage<'_>) -> Result<(), notifier_core::SubscriberError> {
+        panic!("this end is meant to break")
+    }
+}
+
+#[test]
+fn a_window_that_does_not_close_is_told_of_also_where_a_call_failed() {
+    let fails = |wanted| move |call| if call == wanted { Err(io::Error::from_raw_os_error(EIO)) } else { Ok(()) };
+    let file = filled(100, 8);
+    let bench = Bench::new(Kind::Anonymous);
+    let subscription = bench.space.subscribe(Breaks).unwrap();
+    bench.log.answer(fails(Call::Discard));
+    let error = bench.ram.discard(guest(4, 1)).unwrap_err();
+    bench.log.heal();
+    let text = error.to_string();
+    let RamError::Unclosed { error, close } = error else { panic!("{text}") };
+    assert!(text.contains(&close.to_string()), "{text}");
+    let error = failed(*error).unwrap();
+    assert_eq!((error.call, error.operation), (Call::Discard, 0));
+    drop(subscription);
+
+    let bench = Bench::new(Kind::Anonymous);
+    let subscription = bench.space.subscribe(Breaks).unwrap();
+    bench.log.answer(fails(Call::PopulateRead));
+    let error = bench.ram.replace(page_at(4), &source(&file, 0).populated(), PAGE).unwrap_err();
+    bench.log.heal();
+    let RamError::Unclosed { error, .. } = error else { panic!("{error:?}") };
+    assert!(matches!(*error, RamError::Populate { at, .. } if at == page_at(4)), "{error:?}");
+    drop(subscription);
+
+    let bench = Bench::new(Kind::Anonymous);
+    let subscription = bench.space.subscribe(Breaks).unwrap();
+    let error = bench.ram.discard(guest(4, 1)).unwrap_err();
+    assert!(matches!(error, RamError::Close(_)), "{error:?}");
+    drop(subscription);
+}
+
 #[test]
 fn what_cannot_be_copied_stays_shared() {
     let bench = Bench::new(Kind::Anonymous);

@@ -346,8 +346,15 @@ impl Shared {
                 thread::sleep(PAUSE);
             }
         }
-        // What happened before the end is told.
-        let _ = self.read(uffd, trips);
+        // What happened before the end is told. And while a forked child has the descriptor, closing ours lets nobody go
+        // on: what began before unregistering is read after it. (Without a child closing does the rest, whatever fails.)
+        let _ = uffd.unregister_all();
+        for _ in 0..LOOKS {
+            if self.read(uffd, trips).is_err() || !uffd.is_changing() {
+                break;
+            }
+            thread::sleep(PAUSE);
+        }
     }
 
     /// Reads what messages there are.
@@ -441,5 +448,54 @@ impl Shared {
             self.pause();
         }
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use notifier_core::AddrRange;
+    use rustix::mm::{Advice, madvise};
+    use vm_memory::MmapRegion;
+
+    use super::*;
+    use crate::kernel::Call;
+
+    #[test]
+    fn a_change_at_the_very_end_is_read_though_another_process_has_the_descriptor() {
+        let len = crate::uffd::page_size();
+        let memory = Arc::new(MmapRegion::<()>::new(len as usize).unwrap());
+        let range = AddrRange::with_len(Hva::new(memory.as_ptr() as u64), len).unwrap();
+        let (fd, changed) = (Arc::new(Mutex::new(None::<std::os::fd::OwnedFd>)), mpsc::channel());
+        // Called when the monitor has stopped: the change is made then, and is waiting to be read on the return.
+        let kernel = Kernel::with_hook({
+            let (fd, memory, send) = (Arc::clone(&fd), Arc::clone(&memory), changed.0);
+            move |call| {
+                let fd = fd.lock();
+                if let (Call::Unregister, Some(fd)) = (call, &*fd) {
+                    let (memory, send) = (Arc::clone(&memory), send.clone());
+                    thread::spawn(move || {
+                        // SAFETY: the memory's contents may change at any time.
+                        unsafe { madvise(memory.as_ptr().cast(), len as usize, Advice::LinuxDontNeed) }.unwrap();
+                        let _ = send.send(());
+                    });
+                    let mut fds = [PollFd::new(fd, PollFlags::IN)];
+                    rustix::event::poll(&mut fds, None).unwrap();
+                }
+                Ok(())
+            }
+        });
+        let (send, receive) = mpsc::channel();
+        let tripwire = match Tripwire::new(&Space::new(), &kernel, &[range], move |tripped| drop(send.send(tripped))) {
+            Err(TripwireError::Register(RegisterError::Missing(missing))) => return println!("not tested: {missing}"),
+            tripwire => tripwire.unwrap(),
+        };
+        // What a forked child has: another descriptor of the same userfaultfd, so that closing ours does not end it.
+        *fd.lock() = Some(tripwire.uffd.fd().try_clone_to_owned().unwrap());
+        drop(tripwire);
+        let outcome = changed.1.recv_timeout(Duration::from_secs(10));
+        // Whoever still waits goes on here.
+        *fd.lock() = None;
+        outcome.expect("whoever made the change waits to be read");
+        assert_eq!(receive.recv().unwrap().range, range);
     }
 }

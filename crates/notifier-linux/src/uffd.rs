@@ -299,6 +299,17 @@ impl Uffd {
         done
     }
 
+    /// Whether somebody makes a change that was watched when it began, and whose message was not read yet.
+    ///
+    /// Lifting says EAGAIN then, before it looks at any memory (`mwriteprotect_range` in mm/userfaultfd.c): a change is
+    /// counted (`mmap_changing`) from before it gives up the lock that unregistering takes, until whoever makes it has
+    /// been let go on.
+    pub(crate) fn is_changing(&self) -> bool {
+        let page = self.ranges.first().and_then(|range| AddrRange::with_len(range.start(), self.page_size).ok());
+        let lifted = page.map_or(Ok(()), |page| self.kernel.lift(self.fd(), page, true));
+        lifted.is_err_and(|error| Errno::from_io_error(&error) == Some(Errno::AGAIN))
+    }
+
     /// Lets whoever waits in `range` try again.
     pub(crate) fn wake(&self, range: HvaRange) -> io::Result<()> {
         insist(|| self.kernel.wake(self.fd(), range))

@@ -313,8 +313,8 @@ impl<'r, B: Bitmap> Batch<'r, B> {
         }
         // Whether the mappings suffice is to be known before anybody is told of a change. The plan is made again when
         // the pages are claimed.
-        let wanted = plan(ram, &operations, &ram.state.lock()).mappings;
-        let reservation = ram.budget.reserve_mappings(wanted);
+        let plan = plan(ram, &operations, &ram.state.lock());
+        let reservation = plan.reserve(&ram.budget);
         let reservation = reservation.map_err(|source| RamError::Budget { at: first.range.start(), source })?;
         let mut windows = Vec::new();
         for run in runs(operations.iter().map(|operation| operation.host(ram))) {

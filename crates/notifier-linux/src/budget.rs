@@ -51,7 +51,7 @@ pub enum BudgetError {
         limit: u64,
         /// Mappings that it has, as far as known.
         in_use: u64,
-        /// Mappings asked for.
+        /// Mappings asked for: those that are likely, or if none is, those that the calls may make at worst.
         wanted: u64,
         /// Mappings that are left to others.
         reserve: u64,
@@ -132,7 +132,11 @@ impl VmaBudget {
         self.reserve.unwrap_or_else(|| LEAST_RESERVE.max(limit / 16))
     }
 
-    /// Mappings in use, by the last count and what is likely to have come since.
+    /// Mappings in use, by the last count and what is likely to have come since. It is an estimate, and is too low where
+    /// what the layouts take for one mapping is several for the kernel: neighbours that differ in what the layouts do not
+    /// know, as in a userfaultfd registration ([`WriteFence`](crate::WriteFence), [`DirtyFilter`](crate::DirtyFilter),
+    /// [`Tripwire`](crate::Tripwire)) that pages lost when they were mapped anew, or in advice. [`VmaBudget::recount`] says
+    /// what is so; before operations bring the process near to the limit it is asked in any case.
     pub fn in_use(&self) -> u64 {
         likely(&self.last.lock())
     }
@@ -152,17 +156,26 @@ impl VmaBudget {
         Ok(count)
     }
 
-    /// Sets `wanted.likely` mappings aside. What wants none is never refused: a page that goes home gives back what
-    /// it had, and at the limit that is the way out.
-    pub(crate) fn reserve_mappings(&self, wanted: Wanted) -> Result<Reservation, BudgetError> {
+    /// Sets `wanted.likely` mappings aside for calls that take pages home alone. What wants none is never refused: it
+    /// gives back what it had, and at the limit that is the way out.
+    pub(crate) fn reserve_for_home(&self, wanted: Wanted) -> Result<Reservation, BudgetError> {
         if wanted.likely == 0 {
+            return Ok(Reservation { asked: false, ..Reservation::new(wanted) });
+        }
+        self.reserve_mappings(wanted)
+    }
+
+    /// Sets `wanted.likely` mappings aside. It is asked whether they fit also where none is likely, for the layout may be
+    /// wrong: it keeps apart what the kernel has joined (two `Arc`s of one file), and a call in there cuts it in two.
+    pub(crate) fn reserve_mappings(&self, wanted: Wanted) -> Result<Reservation, BudgetError> {
+        if wanted == Wanted::default() {
             return Ok(Reservation::new(wanted));
         }
         let last = *self.last.lock();
         match self.verdict(&last, wanted.likely) {
             Verdict::Fits => return Ok(Reservation::new(wanted)),
             Verdict::Refused if last.at.elapsed() < last.took * REST => {
-                return Err(self.exhausted(&last, wanted.likely));
+                return Err(self.exhausted(&last, wanted));
             }
             _ => {}
         }
@@ -174,12 +187,13 @@ impl VmaBudget {
         }
         match self.verdict(&now, wanted.likely) {
             Verdict::Fits => Ok(Reservation::new(wanted)),
-            _ => Err(self.exhausted(&now, wanted.likely)),
+            _ => Err(self.exhausted(&now, wanted)),
         }
     }
 
-    fn exhausted(&self, count: &Count, wanted: u64) -> BudgetError {
+    fn exhausted(&self, count: &Count, wanted: Wanted) -> BudgetError {
         let limit = count.limit;
+        let wanted = if wanted.likely == 0 { wanted.worst } else { wanted.likely };
         BudgetError::Exhausted { limit, in_use: likely(count), wanted, reserve: self.reserve_of(limit) }
     }
 
@@ -234,14 +248,19 @@ pub(crate) fn gone(mappings: u64) {
 pub(crate) struct Wanted {
     /// If each call adds as many as it can.
     pub(crate) worst: u64,
-    /// By the layout.
+    /// By the layout. A boundary that two operations of a batch share is counted for both: a batch may be refused that
+    /// would just have fitted.
     pub(crate) likely: u64,
 }
 
 /// Mappings set aside for an operation in flight. Dropping it without settling gives them back.
 #[derive(Debug)]
 #[must_use = "the mappings are given back when this is dropped"]
-pub(crate) struct Reservation(Wanted);
+pub(crate) struct Reservation {
+    wanted: Wanted,
+    /// Whether it was asked if they fit.
+    asked: bool,
+}
 
 fn signed(mappings: u64) -> i64 {
     mappings.try_into().unwrap_or(i64::MAX)
@@ -251,26 +270,29 @@ impl Reservation {
     fn new(wanted: Wanted) -> Self {
         WORST.fetch_add(signed(wanted.worst), Ordering::Relaxed);
         LIKELY.fetch_add(signed(wanted.likely), Ordering::Relaxed);
-        Self(wanted)
+        Self { wanted, asked: true }
     }
 
     /// What was set aside.
     pub(crate) fn wanted(&self) -> Wanted {
-        self.0
+        self.wanted
+    }
+
+    /// Whether it was asked if they fit.
+    pub(crate) fn asked(&self) -> bool {
+        self.asked
     }
 
     /// The calls were made, and the layout grew by `grown` mappings.
     pub(crate) fn settle(mut self, grown: i64) {
-        LIKELY.fetch_add(grown.wrapping_sub(signed(self.0.likely)), Ordering::Relaxed);
-        self.0 = Wanted::default();
+        LIKELY.fetch_add(grown.wrapping_sub(signed(self.wanted.likely)), Ordering::Relaxed);
+        self.wanted = Wanted::default();
     }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        if self.0 != Wanted::default() {
-            WORST.fetch_sub(signed(self.0.worst), Ordering::Relaxed);
-            LIKELY.fetch_sub(signed(self.0.likely), Ordering::Relaxed);
-        }
+        WORST.fetch_sub(signed(self.wanted.worst), Ordering::Relaxed);
+        LIKELY.fetch_sub(signed(self.wanted.likely), Ordering::Relaxed);
     }
 }

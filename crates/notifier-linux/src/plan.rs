@@ -8,7 +8,7 @@ use vm_memory::bitmap::Bitmap;
 
 use crate::{
     batch::{Operation, What},
-    budget::{PER_CALL, Wanted},
+    budget::{BudgetError, PER_CALL, Reservation, VmaBudget, Wanted},
     layout::{Layout, Piece, Place, Span},
     ram::{GuestRam, Home, Region, Source, State},
 };
@@ -66,6 +66,8 @@ pub(crate) struct Plan {
     pub(crate) small: bool,
     /// Mappings that the process may have more afterwards.
     pub(crate) mappings: Wanted,
+    /// Some of them are not those of pages that go home.
+    away: bool,
 }
 
 impl Plan {
@@ -75,6 +77,7 @@ impl Plan {
         if matches!(deed, Deed::MapFile(..) | Deed::MapHome(_) | Deed::MapZero(_) | Deed::Protect(_)) {
             self.mappings.worst += PER_CALL;
             self.mappings.likely += layout.cuts(span);
+            self.away |= matches!(deed, Deed::MapFile(..) | Deed::Protect(_));
         }
         self.steps.push(Step { operation, region, span, deed, before });
     }
@@ -86,6 +89,16 @@ impl Plan {
             }
             _ => self.holes.push(Hole { operation, region, span }),
         }
+    }
+
+    /// Sets the mappings aside.
+    pub(crate) fn reserve(&self, budget: &VmaBudget) -> Result<Reservation, BudgetError> {
+        if self.away { budget.reserve_mappings(self.mappings) } else { budget.reserve_for_home(self.mappings) }
+    }
+
+    /// Whether what was set aside for an earlier plan is enough for this one.
+    pub(crate) fn has_enough(&self, reserved: &Reservation) -> bool {
+        reserved.wanted().likely >= self.mappings.likely && (reserved.asked() || !self.away)
     }
 
     /// Calls that it takes.

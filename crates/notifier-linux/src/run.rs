@@ -34,9 +34,9 @@ pub(crate) fn execute<B: Bitmap>(
     let (mut claim, mut plan) = ram.claim(hosts, |state| plan(ram, operations, state));
     let at = operations[0].range.start();
     // What was reserved before the windows were opened was for the layout as it was then.
-    let reservation = match reserved.filter(|reserved| reserved.wanted().likely >= plan.mappings.likely) {
+    let reservation = match reserved.filter(|reserved| plan.has_enough(reserved)) {
         Some(enough) => Ok(enough),
-        None => ram.budget.reserve_mappings(plan.mappings),
+        None => plan.reserve(&ram.budget),
     };
     claim.reservation = Some(reservation.map_err(|source| RamError::Budget { at, source })?);
     if plan.calls() > 1 {

@@ -137,6 +137,41 @@ fn mappings_are_counted_rarely() {
     assert!(last <= limit - reserve && last > limit - reserve - 64, "{last} {limit}");
 }
 
+#[test]
+fn what_the_kernel_has_joined_is_not_cut_beyond_the_limit() {
+    if !alone("what_the_kernel_has_joined_is_not_cut_beyond_the_limit") {
+        return;
+    }
+    let (pages, reserve) = (4096, 300);
+    let kernel = Kernel::new();
+    let limit = VmaBudget::new(&kernel).unwrap().recount().unwrap() + 600;
+    let budget = Arc::new(VmaBudget::with_limit(&kernel, limit, reserve).unwrap());
+    let ram = anonymous(pages, &Log::default(), &budget);
+    // Two handles of one file: apart in the layout, joined by the kernel.
+    let file = memfd(pages * PAGE);
+    let other = Arc::new(file.try_clone().unwrap());
+    for page in 0..pages {
+        ram.replace(page_at(page), &source([&file, &other][page as usize % 2], page), PAGE).unwrap();
+    }
+    assert!(counted() < limit - reserve);
+    let mut done = 0;
+    let error = loop {
+        match ram.protect(guest(2 * done, 1), Access::READ) {
+            Ok(()) => done += 1,
+            Err(error) => break error,
+        }
+        assert!(2 * done < pages, "never refused");
+    };
+    assert!(done > 50, "{done}");
+    assert!(counted() <= limit - reserve / 2, "{} of {limit}", counted());
+    assert_eq!(exhausted(error).2, 2);
+    // The way home is open all the same.
+    for page in 0..pages {
+        ram.discard(guest(page, 1)).unwrap();
+    }
+    assert_true(&ram, guest(0, pages));
+}
+
 /// The real limit, in pages scattered over RAM: what merging does at its worst.
 #[test]
 fn at_the_kernels_limit_the_process_goes_on() {

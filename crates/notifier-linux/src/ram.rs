@@ -22,8 +22,8 @@
 use std::{fs::File, io, os::fd::AsFd, sync::Arc};
 
 use notifier_core::{
-    Access, AddrRange, Gpa, GpaRange, Hva, HvaRange, InvalidationGuard, Key, SlotFlags, SlotId, SlotSpec, Space,
-    WindowAddress, WindowMode,
+    Access, AddrRange, Gpa, GpaRange, Hva, HvaRange, InvalidationGuard, Key, SlotError, SlotFlags, SlotId, SlotSpec,
+    Space, WindowAddress, WindowMode,
 };
 use parking_lot::{Condvar, Mutex};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, bitmap::Bitmap};
@@ -223,12 +223,6 @@ pub(crate) struct State {
     pub(crate) no_huge_pages: bool,
 }
 
-impl State {
-    fn pieces(&self) -> usize {
-        self.layouts.iter().map(Layout::count).sum()
-    }
-}
-
 /// How a [`GuestRam`] is made.
 #[derive(Debug)]
 #[must_use = "nothing is taken over yet"]
@@ -391,8 +385,13 @@ fn access_of(prot: i32) -> Access {
 /// A file that holes are punched into has to be open for writing. The files of private mappings are not changed, unless
 /// they are said to be the guest's own.
 ///
-/// All lengths are in bytes, all ranges multiples of the host's page size, each within one region. Dropping it removes
-/// the slots from the space.
+/// All lengths are in bytes, all ranges multiples of the host's page size, each within one region.
+///
+/// # Dropping it
+/// removes its slots from the space, those that are still there, and unmaps the memory, but for other handles to it. A
+/// region stays mapped for good where somebody may still translate to it: where its slot could not be removed (the
+/// thread is inside a scope of its own, or in a subscriber's callback; a window failed), or where the space has another
+/// slot with the same host bytes. Whoever adds such slots removes them before.
 #[derive(Debug)]
 pub struct GuestRam<B: Bitmap = ()> {
     space: Space,
@@ -703,13 +702,28 @@ impl<B: Bitmap> GuestRam<B> {
 
 impl<B: Bitmap> Drop for GuestRam<B> {
     fn drop(&mut self) {
-        if self.space.replace_slots(&self.slots, &[]).is_err() {
-            // Somebody may still translate to it. Memory that stays is better than memory that is somebody else's.
-            std::mem::forget(Arc::clone(&self.memory));
-            return;
+        // Slots that could not be removed, or whose removal did not come to its end.
+        let stuck = loop {
+            let there = self.space.slots();
+            let own = self.slots.iter().copied().filter(|id| there.iter().any(|(other, _)| other == id));
+            let own: Vec<SlotId> = own.collect();
+            match self.space.replace_slots(&own, &[]) {
+                Ok(_) => break Vec::new(),
+                // Somebody has removed one meanwhile: there are fewer now.
+                Err(SlotError::NoSlot { .. }) => {}
+                Err(_) => break own,
+            }
+        };
+        let others: Vec<HvaRange> = self.space.slots().iter().filter_map(|(_, spec)| host_of(spec)).collect();
+        let regions = self.memory.iter().zip(&self.regions).zip(&self.slots);
+        for (((memory, region), slot), layout) in regions.zip(&self.state.get_mut().layouts) {
+            if stuck.contains(slot) || others.iter().any(|other| other.overlaps(&region.host)) {
+                // Somebody may still translate to it. Memory that stays is better than memory that is somebody else's.
+                std::mem::forget(memory.get_mmap());
+            } else {
+                gone(layout.count() as u64 - 1);
+            }
         }
-        let state = self.state.get_mut();
-        gone(state.pieces() as u64 - state.layouts.len() as u64);
     }
 }
 

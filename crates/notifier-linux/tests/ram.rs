@@ -658,6 +658,43 @@ fn memory_that_somebody_may_still_translate_stays_mapped() {
     let _: Hva = host.start();
 }
 
+/// RAM of two regions, each of a file of its own, and whether the process has these files mapped.
+fn two_regions(space: &Space) -> (GuestRam, impl Fn() -> [bool; 2]) {
+    let files = [memfd(4 * PAGE), memfd(4 * PAGE)];
+    let inode = |file: &Arc<std::fs::File>| std::os::unix::fs::MetadataExt::ino(&file.metadata().unwrap());
+    // Held open, so that nobody else is given the number.
+    let mapped = {
+        let files = files.clone();
+        move || [0, 1].map(|index| maps().iter().any(|line| line.inode == inode(&files[index])))
+    };
+    let part = |index: usize, page| region(BASE + page * PAGE, 4, Some((&files[index], 0)), false);
+    let memory = GuestMemoryMmap::<()>::from_regions(vec![part(0, 0), part(1, 8)]).unwrap();
+    (GuestRam::new(space, memory).unwrap(), mapped)
+}
+
+#[test]
+fn memory_whose_slots_were_removed_by_others_is_unmapped() {
+    let space = Space::new();
+    let (ram, mapped) = two_regions(&space);
+    assert_eq!(mapped(), [true, true]);
+    space.remove_slot(ram.slots()[0]).unwrap();
+    drop(ram);
+    assert_eq!(mapped(), [false, false]);
+    assert_eq!(space.slots(), []);
+}
+
+#[test]
+fn only_what_another_slot_translates_to_stays_mapped() {
+    let space = Space::new();
+    let (ram, mapped) = two_regions(&space);
+    let host = Some(ram.host_ranges(guest(0, 4))[0].start());
+    let own = SlotSpec { guest: guest(0, 4), host, flags: SlotFlags::READ_ONLY };
+    let slots = space.replace_slots(&ram.slots()[..1], &[own]).unwrap();
+    drop(ram);
+    assert_eq!(mapped(), [true, false]);
+    assert_eq!(space.slots(), [(slots[0], own)]);
+}
+
 /// Threads change the same pages in windows that overlap. What was the last word on a page is what both say.
 #[test]
 fn the_layout_is_true_whoever_changes_what_at_the_same_time() {

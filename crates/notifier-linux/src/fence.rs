@@ -139,13 +139,22 @@ pub struct Waiter {
 /// window waits for that scope: neither ever goes on. The handler lifts, or hands the work to another thread and
 /// lifts. For the same reason it writes to no fenced memory itself.
 ///
+/// # Mappings
+/// Registering a part of a mapping makes a mapping of its own of it, as replacing does: scattered ranges add up to two
+/// each, which no [`VmaBudget`](crate::VmaBudget) knows of until it counts. [`WriteFence::new`] with many of them leaves
+/// the process the reserve that a budget leaves by default, or is refused ([`RegisterError::Budget`]); what a few ranges
+/// add, and [`WriteFence::readmit`] of parts of what was mapped over, is not counted. One range over all of guest
+/// memory adds next to nothing; but where pages of it are mapped anew, each stays a mapping of its own until it is
+/// readmitted, though it may have gone home.
+///
 /// # State, and the end
 /// Each page is either armed or not; there is no count. Whoever arms a page that is armed arms it once.
 ///
 /// Dropping the fence lets everybody go on: the protections are taken off, the registrations go, and all waiters are
 /// woken. The kernel does that too where the process ends. The ranges stay mapped while the fence lives (mapping over
 /// them is what it is for): had they been unmapped, and had somebody else registered other memory at the same
-/// addresses, the drop would take that registration off on kernels that do not ask whose it is.
+/// addresses, the drop would take that registration off on kernels that do not ask whose it is. What
+/// [`WriteFence::disband`] has unregistered the drop leaves alone.
 ///
 /// # Example
 /// ```
@@ -188,7 +197,8 @@ impl WriteFence {
     /// # Errors
     /// [`FenceError::Register`]: the kernel lacks userfaultfd, the right to use it, or a feature
     /// ([`RegisterError::Missing`]); memory that it does not take ([`RegisterError::Unfit`]) or that is in another
-    /// userfaultfd ([`RegisterError::Busy`]); [`RegisterError::Unaligned`]. Nothing is registered then.
+    /// userfaultfd ([`RegisterError::Busy`]); [`RegisterError::Unaligned`]; more ranges than the process has mappings
+    /// left for ([`RegisterError::Budget`]). Nothing is registered then.
     pub fn new(kernel: &Kernel, ranges: &[HvaRange]) -> Result<Self, FenceError> {
         let stop = Stop::new()?;
         Ok(Self {

@@ -21,6 +21,7 @@ use parking_lot::Mutex;
 use rustix::{event::EventfdFlags, io::Errno};
 
 use crate::{
+    budget::{BudgetError, PER_CALL, VmaBudget, Wanted},
     features::{Feature, Missing},
     kernel::{Call, Kernel},
 };
@@ -54,6 +55,11 @@ pub enum RegisterError {
         /// What was to be registered.
         range: HvaRange,
     },
+    /// So many ranges, each of which may take a mapping of its own out of a larger one (and so add two), that less than
+    /// the reserve of [`VmaBudget::new`](crate::VmaBudget::new) would be left to the process; or its mappings could not
+    /// be counted.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
     /// A call failed.
     #[error("{call} failed at {range}: {source}")]
     Call {
@@ -92,6 +98,8 @@ const FEATURES: [(u32, Feature); 7] = [
     (UFFD_FEATURE_EVENT_REMAP, Feature::EventRemap),
 ];
 
+/// Ranges whose registering is not worth counting the process's mappings.
+const FEW: usize = 32;
 /// Calls that unregistering may take until it no longer looks for what is in the way.
 const CALLS: u32 = 1 << 16;
 
@@ -154,8 +162,34 @@ impl Uffd {
         let left = Mutex::new(ranges.clone());
         let this = Self { kernel: kernel.clone(), fd, ranges, left, page_size };
         // An early return drops the descriptor, and with it what was registered.
-        this.ranges.iter().try_for_each(|&range| this.register(range))?;
+        this.register_all()?;
         Ok(this)
+    }
+
+    /// Registers what this was made for. Registering a part of a mapping makes a mapping of its own of it: many parts are
+    /// registered as far as the last count of the process's mappings allows whatever they add, and then it is counted
+    /// anew.
+    fn register_all(&self) -> Result<(), RegisterError> {
+        let mut rest = self.ranges.as_slice();
+        if rest.len() > FEW {
+            let budget = VmaBudget::new(&self.kernel)?;
+            loop {
+                let room = budget.limit().saturating_sub(budget.reserve()).saturating_sub(budget.in_use());
+                let fits = usize::try_from(room / PER_CALL).unwrap_or(usize::MAX).clamp(1, rest.len());
+                let (now, later) = rest.split_at(fits);
+                let most = PER_CALL * fits as u64;
+                let reservation = budget.reserve_mappings(Wanted { worst: most, likely: most })?;
+                now.iter().try_for_each(|&range| self.register(range))?;
+                // How many they added only a count tells: others go on from the worst case until they have made one.
+                reservation.settle(0);
+                rest = later;
+                if rest.is_empty() {
+                    break;
+                }
+                budget.recount()?;
+            }
+        }
+        rest.iter().try_for_each(|&range| self.register(range))
     }
 
     pub(crate) fn kernel(&self) -> &Kernel {

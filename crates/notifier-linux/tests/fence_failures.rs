@@ -19,8 +19,8 @@ use std::{
 use mappings::{KINDS, Kind, Mapping, memfd};
 use notifier_core::Space;
 use notifier_linux::{
-    Call, DirtyError, DirtyFilter, Feature, FenceError, Kernel, PageMap, PageMapError, RegisterError, Tripwire,
-    TripwireError, WriteFence,
+    BudgetError, Call, DirtyError, DirtyFilter, Feature, FenceError, Kernel, PageMap, PageMapError, RegisterError,
+    Tripwire, TripwireError, VmaBudget, WriteFence,
 };
 use parking_lot::Mutex;
 
@@ -155,6 +155,99 @@ fn what_was_not_made_leaves_nothing_registered() {
         assert!((0..4).all(|page| !memory.state(page).write_protected));
         drop(WriteFence::new(&kernel, &[memory.range()]).unwrap());
     }
+}
+
+/// Runs a test again as a child, alone in its process; whether this is the child. If not, the child passed.
+fn alone(test: &str) -> bool {
+    const ALONE: &str = "NOTIFIER_LINUX_TEST_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return true;
+    }
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", test, "--nocapture", "--test-threads=1"]).env(ALONE, "1");
+    let child = child.output().unwrap();
+    let said = String::from_utf8_lossy(&child.stdout) + String::from_utf8_lossy(&child.stderr);
+    assert!(child.status.success() && said.contains("1 passed"), "{said}");
+    false
+}
+
+#[test]
+fn many_ranges_leave_the_reserve_to_the_process() {
+    if !possible() || !alone("many_ranges_leave_the_reserve_to_the_process") {
+        return;
+    }
+    let budget = VmaBudget::new(&Kernel::new()).unwrap();
+    let ceiling = budget.limit() - budget.reserve();
+    if ceiling > 1 << 18 {
+        return println!("not tested: a limit of {} mappings is more than a test can reach", budget.limit());
+    }
+    let memory = Mapping::new(Kind::Anonymous, 2 * ceiling);
+    // Every other page: each is a mapping of its own, and so is what lies between.
+    let ranges: Vec<_> = (0..ceiling).map(|index| memory.page(2 * index)).collect();
+    let exhausted = |error| match error {
+        RegisterError::Budget(BudgetError::Exhausted { limit, in_use, wanted, reserve }) => {
+            assert!((limit, reserve) == (budget.limit(), budget.reserve()) && in_use + wanted > limit - reserve);
+        }
+        other => panic!("{other}"),
+    };
+    let most = Arc::new(AtomicU64::new(0));
+    let kernel = Kernel::with_hook({
+        let (most, registered) = (Arc::clone(&most), AtomicU64::new(0));
+        move |call| {
+            // The first one that is undone: everything is still registered.
+            if call == Call::Unregister && registered.swap(0, Ordering::SeqCst) != 0 {
+                let now = std::fs::read_to_string("/proc/self/maps")?.lines().count() as u64;
+                most.fetch_max(now, Ordering::SeqCst);
+            } else if call == Call::Register {
+                registered.fetch_add(1, Ordering::SeqCst);
+            }
+            Ok(())
+        }
+    });
+    match WriteFence::new(&kernel, &ranges).unwrap_err() {
+        FenceError::Register(error) => exhausted(error),
+        other => panic!("{other}"),
+    }
+    match DirtyFilter::new(&kernel, &ranges).unwrap_err() {
+        DirtyError::Register(error) => exhausted(error),
+        other => panic!("{other}"),
+    }
+    match Tripwire::new(&Space::new(), &kernel, &ranges, drop).unwrap_err() {
+        TripwireError::Register(error) => exhausted(error),
+        other => panic!("{other}"),
+    }
+    // Looking takes a mapping or two of its own.
+    let most = most.load(Ordering::SeqCst);
+    assert!(most <= ceiling + 8 && most + 64 > ceiling, "{most} of {ceiling}");
+    assert!(budget.recount().unwrap() < 1_000, "what was registered is undone");
+
+    // What fits is registered, though in the worst case it would not have.
+    let fits = ranges.len() / 2 - 500;
+    let fence = WriteFence::new(&Kernel::new(), &ranges[..fits]).unwrap();
+    fence.arm(ranges[fits - 1]).unwrap();
+    let used = budget.recount().unwrap();
+    assert!(used > 2 * fits as u64 && used <= ceiling, "{used} of {ceiling}");
+}
+
+#[test]
+fn mappings_that_cannot_be_counted_are_not_registered() {
+    if !possible() {
+        return;
+    }
+    let memory = Mapping::new(Kind::Anonymous, 128);
+    let (faults, ranges) = (Faults::default(), (0..64).map(|index| memory.page(2 * index)).collect::<Vec<_>>());
+    for call in [Call::MappingLimit, Call::CountMappings] {
+        faults.once(call);
+        match WriteFence::new(&faults.kernel(), &ranges).unwrap_err() {
+            FenceError::Register(RegisterError::Budget(BudgetError::Unknown { call: named, source })) => {
+                assert!(named == call && is_eio(&source));
+            }
+            other => panic!("{other}"),
+        }
+        faults.spent();
+        drop(WriteFence::new(&Kernel::new(), &[memory.range()]).unwrap());
+    }
+    WriteFence::new(&faults.kernel(), &ranges).unwrap();
 }
 
 #[test]

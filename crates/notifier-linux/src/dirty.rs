@@ -91,6 +91,18 @@ pub enum DirtyError {
 /// [`RegisterError::Busy`], and the other way round. Who needs the fence finds stable pages by hashing them twice,
 /// or asks KVM's dirty log (`KVM_GET_DIRTY_LOG`) about the guest's own writes.
 ///
+/// # Mappings, and the end
+/// Scattered ranges add up to two mappings each to the process, as with [`WriteFence`](crate::WriteFence#mappings):
+/// [`DirtyFilter::new`] with too many of them is refused ([`RegisterError::Budget`]).
+///
+/// Dropping the filter takes the protections off and the registrations away. The ranges stay mapped while it lives
+/// (mapping over them is fine): had they been unmapped, and had somebody else registered other memory at the same
+/// addresses, the drop would take that registration off on kernels that do not ask whose it is.
+///
+/// A child of `fork` that goes on without `exec` has no registrations, and the filter there would scan the parent's
+/// pages (`/proc/self/pagemap` stays that of the process that opened it): it makes a filter of its own, with a
+/// [`Kernel`] of its own.
+///
 /// Threads may ask at the same time; of those that ask about the same page, one is told.
 ///
 /// # Example
@@ -130,8 +142,8 @@ impl DirtyFilter {
     /// # Errors
     /// [`DirtyError::Register`]: the kernel lacks userfaultfd, the right to use it, asynchronous protection or
     /// `PAGEMAP_SCAN` ([`RegisterError::Missing`]); memory that it does not take ([`RegisterError::Unfit`]) or that is
-    /// in another userfaultfd ([`RegisterError::Busy`]); [`RegisterError::Unaligned`]. [`DirtyError::Call`] where
-    /// arming failed. Nothing is registered then.
+    /// in another userfaultfd ([`RegisterError::Busy`]); [`RegisterError::Unaligned`]; more ranges than the process
+    /// has mappings left for ([`RegisterError::Budget`]). [`DirtyError::Call`] where arming failed. Nothing is registered then.
     pub fn new(kernel: &Kernel, ranges: &[HvaRange]) -> Result<Self, DirtyError> {
         let this = Self { uffd: Uffd::new(kernel, FEATURES, ranges)?, pending: Mutex::default() };
         for &range in this.uffd.ranges() {

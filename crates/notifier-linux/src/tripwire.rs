@@ -150,6 +150,23 @@ struct Shared {
 /// A mapping is in one userfaultfd at most: memory of a [`WriteFence`](crate::WriteFence) or a
 /// [`DirtyFilter`](crate::DirtyFilter) is refused with [`RegisterError::Busy`].
 ///
+/// # What is not to be watched
+/// Memory that the tripwire's own threads may change: the C heap and every other memory that the process's allocator
+/// gets from the kernel. The threads allocate and free, the allocator then gives memory back (`madvise`, `munmap`), and
+/// the thread that reads would wait for itself. Nor may a [`Kernel`] hook change watched memory.
+///
+/// # Mappings, and the end
+/// Scattered ranges add up to two mappings each to the process, as with [`WriteFence`](crate::WriteFence#mappings):
+/// [`Tripwire::new`] with too many of them is refused ([`RegisterError::Budget`]).
+///
+/// What was unmapped, seen and told, is not watched any more, but it is still among the ranges that the drop
+/// unregisters: had somebody else registered other memory at the same addresses by then, the drop would take that
+/// registration off on kernels that do not ask whose it is. So the tripwire goes before its memory does, or before the
+/// addresses are used again.
+///
+/// A child of `fork` that goes on without `exec` has neither the threads nor the registrations: nothing is watched
+/// there. While it has the descriptor open, the drop in the parent unregisters and reads what is left, and nobody waits.
+///
 /// # Threads
 /// The reports come on a thread of the tripwire, one at a time. Dropping the tripwire frees whoever waits for a
 /// message to be read, and then ends the threads: it waits for a report in progress, unless it is dropped by that, and
@@ -237,8 +254,8 @@ impl Tripwire {
     /// `space` was opened and closed. A panic in `on_trip` is caught, and the next report comes all the same.
     ///
     /// # Errors
-    /// [`TripwireError::Register`] (as for [`WriteFence::new`](crate::WriteFence::new)), [`TripwireError::Thread`].
-    /// Nothing is registered then.
+    /// [`TripwireError::Register`] (as for [`WriteFence::new`](crate::WriteFence::new), too many ranges included),
+    /// [`TripwireError::Thread`]. Nothing is registered then.
     pub fn new(
         space: &Space,
         kernel: &Kernel,

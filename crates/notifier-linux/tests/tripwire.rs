@@ -383,7 +383,7 @@ fn a_report_may_panic_and_may_drop_the_tripwire() {
 fn a_report_that_dropped_the_tripwire_may_unmap_what_was_watched() {
     ends(|| {
         let memory = Mapping::new(Kind::Anonymous, 2);
-        let (first, given): (_, Arc<Mutex<Option<(Tripwire, Mapping)>>>) = (memory.page(0), Arc::default());
+        let (first, given) = (memory.page(0), Arc::new(Mutex::new(None::<(Tripwire, Mapping)>)));
         let (send, receive) = channel();
         let made = Tripwire::new(&Space::new(), &Kernel::new(), &[memory.range()], {
             let given = Arc::clone(&given);

@@ -166,6 +166,11 @@ pub enum RamError {
 }
 
 /// An operation failed in the middle. All operations after it were not begun.
+///
+/// Where `mmap` fails the kernel may have taken the old mapping away already. Such a hole is filled at once, but for a moment
+/// it is there, and another thread's `mmap` without a fixed address may land in it. Nothing can tell that mapping from
+/// guest RAM: it is taken for the guest's, shows up in neither `filled` nor `holes`, and the next operation maps over it or
+/// discards it. A VMM that goes on after `mmap` failed accepts that.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "operation {operation}: at {at} {call} failed: {source} ({} undone, {} stand, {} ranges lost{})",
@@ -182,7 +187,9 @@ pub struct OperationError {
     pub call: Call,
     /// What the kernel said.
     pub source: io::Error,
-    /// Operations that had been done, and that were undone: RAM is as before.
+    /// Operations that had been done, and that were undone: RAM is as before. That is not so for stores that somebody
+    /// made to these pages meanwhile without regard to the window (device threads without a scope, code that holds a raw
+    /// pointer): they went to the pages that have gone again.
     pub undone: Vec<usize>,
     /// Operations that were done and stand, because what was there before is gone. One that replaced a page may not
     /// have given its home back to the host; repeating it, or discarding the page, does. The operation that failed is
@@ -195,7 +202,8 @@ pub struct OperationError {
     /// there.
     pub filled: Vec<GpaRange>,
     /// Ranges in which nothing is mapped, because filling them failed too. Whoever accesses them gets `SIGSEGV`, or what
-    /// the process maps next. Discarding or replacing them maps them anew; protecting them does not.
+    /// the process maps next. Discarding or replacing them maps them anew, over whatever has come to lie there;
+    /// protecting them does not.
     pub holes: Vec<GpaRange>,
     /// The first call that failed while undoing. The operation that it belongs to is among those that stand, partly.
     pub undo: Option<UndoError>,

@@ -169,6 +169,10 @@ impl std::fmt::Display for Call {
 type Hook = dyn Fn(Call) -> io::Result<()> + Send + Sync;
 
 /// The kernel. A handle: clones ask the same hook.
+///
+/// `/proc/self/pagemap` is opened when it is first needed, and stays that of the process that opened it. After a `fork`
+/// without `exec` a child that goes on using a kernel of its parent looks at the parent's pages: it makes a new one (and all
+/// that is built on it: guest RAM, fences and filters are the parent's too).
 #[derive(Clone, Default)]
 pub struct Kernel {
     hook: Option<Arc<Hook>>,

@@ -6,7 +6,8 @@
 //!
 //! 1. *Claims.* An operation claims the host ranges of its pages, all at once, before its first call, and gives them up
 //!    when the layout says what the calls did. Operations over disjoint ranges run side by side; one that overlaps another
-//!    waits for it. The lock that claims and layouts lie under is held for moments, and never across a call.
+//!    waits for it. There is no queue: whoever finds its pages free has them, so that a large operation may wait for as
+//!    long as small ones over parts of it keep coming. The lock that claims and layouts lie under is held for moments, and never across a call.
 //! 2. *Order.* Windows are opened before pages are claimed, and nothing that may wait for somebody else (a window, a
 //!    subscriber, a fault that a userfaultfd handler has to serve) happens while pages are claimed. So whoever waits for a
 //!    claim waits for system calls alone. `privatize` and `populate`, which may wait for a fault, claim nothing: they
@@ -417,7 +418,14 @@ impl<B: Bitmap> GuestRam<B> {
 
     /// Guest RAM with choices.
     ///
-    /// From here on nobody else changes the mappings of `memory`, or gives back memory of its files.
+    /// From here on nobody else changes the mappings of `memory`, or gives back memory of its files. The same memory is
+    /// taken over once: a second `GuestRam` over a clone of it, or over some of its regions, in whichever space, has a
+    /// layout of its own and knows nothing of what this one maps. Nothing finds that out.
+    ///
+    /// *Memory that comes later* (hotplug) is a `GuestRam` of its own, over a guest memory of the new regions alone
+    /// (`GuestMemoryMmap::from_arc_regions`), in the same space, with the [`budget`](GuestRamBuilder::budget) of the first.
+    /// Those who access all of it do so through a third guest memory of all regions. An operation has its pages in one of
+    /// the two, and a window over both serves both.
     pub fn builder(space: &Space, memory: GuestMemoryMmap<B>) -> GuestRamBuilder<B> {
         GuestRamBuilder {
             space: space.clone(),

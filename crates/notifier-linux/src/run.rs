@@ -96,7 +96,9 @@ impl<B: Bitmap> Run<'_, '_, B> {
         match &step.deed {
             Deed::MapFile(file, offset, access) => {
                 // SAFETY: guest RAM: vm-memory accesses it through volatile slices alone, the claim keeps other changes
-                // away, and the layout has checked that the range is the region's.
+                // away, and the layout has checked that the range is the region's. (One case cannot be excluded: a call that
+                // failed here before left a hole, and another thread's mapping landed in it before it was filled. Then
+                // that is replaced. `OperationError` says so to who goes on after such a failure.)
                 unsafe { kernel.map_file(host, file.as_fd(), *offset, region.style(*access, false)) }
                     .map_err(failed(Call::MapFile))
             }

@@ -658,6 +658,37 @@ fn memory_that_somebody_may_still_translate_stays_mapped() {
     let _: Hva = host.start();
 }
 
+#[test]
+fn memory_that_comes_later_is_ram_of_its_own_in_the_same_space() {
+    let space = Space::new();
+    let parts = [Arc::new(region(BASE, 4, None, true)), Arc::new(region(BASE + 4 * PAGE, 4, None, true))];
+    let first = GuestMemoryMmap::<()>::from_arc_regions(vec![Arc::clone(&parts[0])]).unwrap();
+    let first = GuestRam::new(&space, first).unwrap();
+    first.discard(guest(0, 1)).unwrap();
+    let second = GuestMemoryMmap::<()>::from_arc_regions(vec![Arc::clone(&parts[1])]).unwrap();
+    let second = GuestRam::builder(&space, second).budget(Arc::clone(first.budget())).build().unwrap();
+    assert_eq!(space.slots().len(), 2);
+    assert!(Arc::ptr_eq(first.budget(), second.budget()));
+    let all = GuestMemoryMmap::<()>::from_arc_regions(parts.to_vec()).unwrap();
+    for page in 0..8 {
+        all.write_slice(&contents(page as u8 + 1), GuestAddress(BASE + page * PAGE)).unwrap();
+    }
+    // One window over both.
+    let file = filled(100, 8);
+    let window = space.zap(guest(2, 4)).unwrap();
+    first.within(&window).unwrap().replace(page_at(2), &source(&file, 0), 2 * PAGE).unwrap();
+    second.within(&window).unwrap().discard(guest(4, 2)).unwrap();
+    window.close().unwrap();
+    let read = |page: u64| all.read_obj::<u8>(GuestAddress(BASE + page * PAGE)).unwrap();
+    assert_eq!([1, 2, 3, 4, 5, 6].map(read), [2, 100, 101, 0, 0, 7]);
+    assert!(matches!(first.discard(guest(4, 1)), Err(RamError::Outside { .. })));
+    // Unplugged.
+    drop(second);
+    assert_eq!(space.slots().len(), 1);
+    first.discard(guest(0, 4)).unwrap();
+    assert_true(&first, guest(0, 4));
+}
+
 /// RAM of two regions, each of a file of its own, and whether the process has these files mapped.
 fn two_regions(space: &Space) -> (GuestRam, impl Fn() -> [bool; 2]) {
     let files = [memfd(4 * PAGE), memfd(4 * PAGE)];

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The `spte` command: page-table entries in words, scripts run on real tables, tables in images of memory.
+//!
+//! The binary is [`cli::run`] with the process's arguments and streams. Everything else is here to be tested, and for
+//! programs that want a part of it:
+//!
+//! | to | look at |
+//! |---|---|
+//! | run a script on a table | [`machine`], with [`script`] for the language and [`answer`] for what is printed |
+//! | explain a raw entry | [`format::ToolFormat::explain`] |
+//! | print a table of a memory image | [`image`] |
+//! | add a format | [`format::ToolFormat`], and a name in [`setup`] |
+//!
+//! What commands print is compared by machine, and never changes. What is not said in the contract is in the crate's
+//! README, under "Where the contract is silent".
+#![forbid(unsafe_code)]
+
+pub mod answer;
+pub mod cli;
+pub mod decode;
+pub mod format;
+pub mod image;
+pub mod machine;
+mod ranges;
+pub mod script;
+pub mod setup;
+mod x86;

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Which format, with which options; and from there to the code that knows it.
+
+use std::fmt;
+
+use spte_x86::{Ept, EptOptions, Levels, LongMode, LongModeOptions, Npt, OptionsError};
+use thiserror::Error;
+
+use crate::format::ToolFormat;
+
+/// Every format of the command's contract, built or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FormatName {
+    /// `ept`: Intel's extended page tables.
+    Ept,
+    /// `npt`: AMD's nested page tables.
+    Npt,
+    /// `x86-64`: long mode, four levels.
+    X86_64,
+    /// `x86-64-la57`: long mode, five levels.
+    X86_64La57,
+    /// `arm64-s2`.
+    Arm64Stage2,
+    /// `ppc-radix`.
+    PpcRadix,
+    /// `ppc-hpt`.
+    PpcHpt,
+    /// `mips64`.
+    Mips64,
+}
+
+impl FormatName {
+    /// Every name, in the contract's order.
+    pub const ALL: [Self; 8] = [
+        Self::Ept,
+        Self::Npt,
+        Self::X86_64,
+        Self::X86_64La57,
+        Self::Arm64Stage2,
+        Self::PpcRadix,
+        Self::PpcHpt,
+        Self::Mips64,
+    ];
+
+    /// The name as it is written.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Ept => "ept",
+            Self::Npt => "npt",
+            Self::X86_64 => "x86-64",
+            Self::X86_64La57 => "x86-64-la57",
+            Self::Arm64Stage2 => "arm64-s2",
+            Self::PpcRadix => "ppc-radix",
+            Self::PpcHpt => "ppc-hpt",
+            Self::Mips64 => "mips64",
+        }
+    }
+
+    /// Whether the command can do anything with it yet.
+    pub fn is_built(self) -> bool {
+        matches!(self, Self::Ept | Self::Npt | Self::X86_64 | Self::X86_64La57)
+    }
+}
+
+impl fmt::Display for FormatName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// Options that make no table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum SetupError {
+    /// The format is not built yet.
+    #[error("format {format} is not built yet")]
+    NotBuilt {
+        /// The format.
+        format: FormatName,
+    },
+    /// The format has no such granule.
+    #[error("format {format} has no granule of {granule:#x} bytes")]
+    Granule {
+        /// The format.
+        format: FormatName,
+        /// The granule asked for.
+        granule: u64,
+    },
+    /// The format has no tables of so many levels.
+    #[error("format {format} has no tables of {levels} levels")]
+    Levels {
+        /// The format.
+        format: FormatName,
+        /// The levels asked for.
+        levels: u8,
+    },
+    /// No table of these levels translates so many bits.
+    #[error("{bits} guest address bits are not within {least} to {most}, which {levels} levels of {format} translate")]
+    IpaBits {
+        /// The format.
+        format: FormatName,
+        /// The bits asked for.
+        bits: u32,
+        /// The fewest there can be.
+        least: u32,
+        /// The most there can be.
+        most: u32,
+        /// Levels of the table.
+        levels: u8,
+    },
+    /// No machine has so many physical address bits.
+    #[error("{bits} physical address bits are not within {least} to {most}")]
+    PaBits {
+        /// The bits asked for.
+        bits: u32,
+        /// The fewest there can be.
+        least: u32,
+        /// The most there can be.
+        most: u32,
+    },
+    /// The format's own reason.
+    #[error(transparent)]
+    X86(#[from] OptionsError),
+}
+
+/// Options as they are given. What is `None` is the format's default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Options {
+    /// `--granule`, in bytes.
+    pub granule: Option<u64>,
+    /// `--ipa-bits`.
+    pub ipa_bits: Option<u32>,
+    /// `--pa-bits`.
+    pub pa_bits: Option<u32>,
+    /// `--levels`.
+    pub levels: Option<u8>,
+    /// `--hw-ad`.
+    pub hw_ad: Option<bool>,
+}
+
+/// A format and its options, checked and complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Setup {
+    format: FormatName,
+    granule: u64,
+    ipa_bits: u32,
+    pa_bits: u32,
+    levels: u8,
+    hw_ad: bool,
+}
+
+/// What is done with a format once it is known.
+pub trait Use {
+    /// What comes of it.
+    type Output;
+
+    /// Does it.
+    fn with<F: ToolFormat>(self, format: F) -> Self::Output;
+}
+
+impl Setup {
+    /// Completes `options` for `format`.
+    ///
+    /// # Errors
+    /// [`SetupError`].
+    pub fn new(format: FormatName, options: &Options) -> Result<Self, SetupError> {
+        if !format.is_built() {
+            return Err(SetupError::NotBuilt { format });
+        }
+        let granule = options.granule.unwrap_or(4 << 10);
+        if granule != 4 << 10 {
+            return Err(SetupError::Granule { format, granule });
+        }
+        let default_bits = if format == FormatName::X86_64La57 { 57 } else { 48 };
+        let ipa_bits = options.ipa_bits.unwrap_or(default_bits);
+        let needed = if ipa_bits > 48 || format == FormatName::X86_64La57 { 5 } else { 4 };
+        let levels = options.levels.unwrap_or(needed);
+        if !matches!(levels, 4 | 5) || (format == FormatName::X86_64La57 && levels != 5) {
+            return Err(SetupError::Levels { format, levels });
+        }
+        let (least, most) = (12, if levels == 5 { 57 } else { 48 });
+        if ipa_bits < least || ipa_bits > most {
+            return Err(SetupError::IpaBits { format, bits: ipa_bits, least, most, levels });
+        }
+        let pa_bits = options.pa_bits.unwrap_or(52);
+        let (least, most) = (32, 52);
+        if pa_bits < least || pa_bits > most {
+            return Err(SetupError::PaBits { bits: pa_bits, least, most });
+        }
+        Ok(Self { format, granule, ipa_bits, pa_bits, levels, hw_ad: options.hw_ad.unwrap_or(true) })
+    }
+
+    /// The format.
+    pub fn format(&self) -> FormatName {
+        self.format
+    }
+
+    /// Bytes of the smallest page.
+    pub fn granule(&self) -> u64 {
+        self.granule
+    }
+
+    /// Bits of a guest physical address.
+    pub fn ipa_bits(&self) -> u32 {
+        self.ipa_bits
+    }
+
+    /// Bits of an output address.
+    pub fn pa_bits(&self) -> u32 {
+        self.pa_bits
+    }
+
+    /// Whether hardware manages accessed and dirty.
+    pub fn hw_ad(&self) -> bool {
+        self.hw_ad
+    }
+
+    /// Lends the format of a table to be built. Its tables lie wherever this process has memory, so it is as wide as the
+    /// format can be: [`Setup::pa_bits`] is for the addresses of the script.
+    ///
+    /// # Errors
+    /// [`SetupError::X86`].
+    pub fn for_table<U: Use>(&self, user: U) -> Result<U::Output, SetupError> {
+        self.lend(52, user)
+    }
+
+    /// Lends the format of the machine that the options say: for entries that somebody else made.
+    ///
+    /// # Errors
+    /// [`SetupError::X86`].
+    pub fn for_entries<U: Use>(&self, user: U) -> Result<U::Output, SetupError> {
+        // 32 to 52, as checked.
+        self.lend(self.pa_bits as u8, user)
+    }
+
+    fn lend<U: Use>(&self, physical_bits: u8, user: U) -> Result<U::Output, SetupError> {
+        let levels = if self.levels == 5 { Levels::Five } else { Levels::Four };
+        // As hardware has it while #VE is off; nothing that a script asks for depends on it.
+        let ept = EptOptions { levels, physical_bits, suppress_ve: false, ..EptOptions::default() };
+        let long_mode = LongModeOptions { levels, physical_bits, ..LongModeOptions::default() };
+        Ok(match self.format {
+            FormatName::Ept => user.with(Ept::new(ept)?),
+            FormatName::Npt => user.with(Npt::new(long_mode)?),
+            FormatName::X86_64 | FormatName::X86_64La57 => user.with(LongMode::new(long_mode)?),
+            format => return Err(SetupError::NotBuilt { format }),
+        })
+    }
+}

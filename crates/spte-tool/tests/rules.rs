@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The fourteen rules of the command's contract, each with the bytes that it asks for.
+//!
+//! Entries are worked out by hand from the manuals: an EPT leaf is R W X (1, 2, 4), the memory type (WB: 6 << 3), ignore PAT
+//! (0x40), above 4K bit 7 (0x80), accessed (0x100), dirty (0x200); an NPT leaf is P, R/W, U/S (1, 2, 4), accessed (0x20), dirty
+//! (0x40), above 4K bit 7 (0x80), NX (bit 63).
+
+mod common;
+
+use common::{run, spte};
+
+#[test]
+fn rule_01_success_prints_ok_and_listings_end_with_their_rows() {
+    let script = "map 0x1000 0x5000 8k rw\nprotect 0x1000 4k r\nsplit 0 2m\ncollapse 0 2m\nunmap 0x1000 4k\nwalk 0\n";
+    assert_eq!(
+        run("npt", script),
+        "ok\nok\nok\nok\nok\n\
+         L4 0x0 0000000000000027\nL3 0x0 0000000000000027\nL2 0x0 0000000000000027\nL1 0x0 0000000000000000\nend 4\n"
+    );
+    assert_eq!(run("ept", "dump\n"), "end 0\n");
+    assert_eq!(run("ept", "dirty 0 4k\n"), "end 0\n");
+}
+
+#[test]
+fn rule_02_malformed_lines_end_the_script_and_earlier_output_stands() {
+    let fails = |line: &str, why: &str| {
+        let script = format!("# heading\n\nmap 0 0 4k r\n{line}\nmap 0x1000 0 4k r\n");
+        let ran = spte(&["run", "--format", "ept"], script.as_bytes());
+        assert_eq!(ran, (2, "ok\n".into(), format!("line 4: {why}\n")), "{line}");
+    };
+    fails("remap 0 0 4k r", "unknown command \"remap\"");
+    fails("Unmap 0 4k", "unknown command \"Unmap\"");
+    fails("unmap 0", "SIZE is missing");
+    fails("unmap # 0 4k", "GPA is missing");
+    fails("unmap 0 4k 4k", "unexpected word \"4k\"");
+    fails("unmap 0 0", "the size is 0");
+    fails("unmap 0 4K", "\"4K\" is not a size");
+    fails("unmap 4k 4k", "\"4k\" is not an address");
+    fails("unmap 0 0x1p", "\"0x1p\" is not a size");
+    fails("unmap 0x10000000000000000 4k", "\"0x10000000000000000\" does not fit 64 bits");
+    fails("unmap 0xfffffffffffff000 8k", "guest address 0xfffffffffffff000 wraps around with size 0x2000");
+    fails("unmap 0x800 4k", "guest address 0x800 is not aligned to 0x1000");
+    fails("unmap 0 0x800", "size 0x800 is not aligned to 0x1000");
+    fails("map 0x2000 0x10 4k r", "output address 0x10 is not aligned to 0x1000");
+    fails("map 0x2000 0x10000000000000 4k r", "output address 0x10000000000fff is beyond 52 bits");
+    fails("split 0xfffffffff000 8k", "guest address 0x1000000000fff is beyond 48 bits");
+    fails("touch 0x1000000000000 r", "guest address 0x1000000000000 is beyond 48 bits");
+    fails("map 0x2000 0 4k xr", "\"xr\" is not a subset of rwx in that order, or -");
+    fails("map 0x2000 0 4k r page=8k", "\"page=8k\" is not page=4k|16k|64k|2m|32m|512m|1g|max");
+    fails("map 0x2000 0 4k r mem=wp", "\"mem=wp\" is not mem=wb|uc|wc|wt");
+    fails("map 0x2000 0 4k r page=4k page=4k", "unexpected word \"page=4k\"");
+    fails("touch 0 rw", "\"rw\" is not r, w or x");
+    fails("map 0x2000 0 0x400000000000 r", "more than 16777216 leaves");
+    // The configured bits are what counts, not the table's.
+    let ran = spte(&["run", "--format", "npt", "--ipa-bits", "40", "--pa-bits", "36"], b"map 0 0x1000000000 4k r\n");
+    assert_eq!(ran, (2, String::new(), "line 1: output address 0x1000000fff is beyond 36 bits\n".into()));
+    let ran = spte(&["run", "--format", "npt", "--ipa-bits", "40"], b"walk 0xffffffffff\nwalk 0x10000000000\n");
+    assert_eq!((ran.0, ran.2.as_str()), (2, "line 2: guest address 0x10000000000 is beyond 40 bits\n"));
+    // Not text, outside a comment.
+    let ran = spte(&["run", "--format", "npt"], b"# \xff\nunmap 0 4k # \xff\n\xff\n");
+    assert_eq!(ran, (2, "ok\n".into(), "line 3: the line is not UTF-8\n".into()));
+}
+
+#[test]
+fn rule_03_hex_is_unpadded_and_entries_are_sixteen_digits() {
+    let script = "map 0x00ABC000 0x000000DEF000 4096 x mem=wt\ntouch 0xabc123 x\nwalk 0xabcfff\n";
+    assert_eq!(
+        run("ept", script),
+        "ok\nok 0xdef123\n\
+         L4 0x0 0000000000000107\nL3 0x0 0000000000000107\nL2 0xa00000 0000000000000107\nL1 0xabc000 0000000000def164\nend 4\n"
+    );
+    assert_eq!(
+        run("npt", "map 0 0 4k r\ndump\n").lines().nth(4),
+        Some("L1 0x0 8000000000000025"),
+        "an entry is a number: NX is the first digit"
+    );
+}
+
+#[test]
+fn rule_04_map_refuses_and_changes_nothing() {
+    let script = "map 0x201000 0x5000 4k rw\nmap 0x200000 0 2m r page=2m\nmap 0x201000 0 4k - page=1g mem=wc\n\
+        map 0x400000 0x1000 2m r page=2m\nmap 0x401000 0 2m r page=2m\nmap 0x400000 0 12k r page=2m\n\
+        map 0x400000 0 64k r page=64k\nmap 0x400000 0 4k w\nmap 0x400000 0 4k wx\nmap 0x400000 0 4k -\n\
+        map 0x400000 0 4k x\nmap 0x400000 0 4k w mem=wc\nmap 0x400000 0 4k r mem=wc\nstats\n";
+    assert_eq!(
+        run("npt", script),
+        "ok\nrefused present 0x201000\nrefused present 0x201000\n\
+         refused page\nrefused page\nrefused page\nrefused page\nrefused perm\nrefused perm\nrefused perm\n\
+         refused perm\nrefused perm\nrefused mem\n\
+         tables 4\nleaves_4k 1\nleaves_2m 0\nleaves_1g 0\nbytes_tables 16384\nend 5\n"
+    );
+    // The first address of the range, where a larger leaf begins before it.
+    let script = "map 0x200000 0 2m r page=2m\nmap 0x203000 0 4k r\nmap 0x1ff000 0 8k r\n";
+    assert_eq!(run("ept", script), "ok\nrefused present 0x203000\nrefused present 0x200000\n");
+}
+
+#[test]
+fn rule_04_map_takes_the_leaves_asked_for() {
+    // The granule where nothing is said; with max the largest that both alignments and the remainder allow.
+    let script = "map 0x3ff000 0x7ff000 0x402000 rwx page=max\nmap 0x40000000 0x80000000 1g rx page=1g\n\
+        map 0x80000000 0 2m r\nstats\nwalk 0x400000\nwalk 0x40000000\n";
+    assert_eq!(
+        run("ept", script),
+        "ok\nok\nok\n\
+         tables 7\nleaves_4k 514\nleaves_2m 2\nleaves_1g 1\nbytes_tables 28672\nend 5\n\
+         L4 0x0 0000000000000107\nL3 0x0 0000000000000107\nL2 0x400000 00000000008001f7\nend 3\n\
+         L4 0x0 0000000000000107\nL3 0x40000000 00000000800001f5\nend 2\n"
+    );
+    // Accessed set, dirty clear, writing allowed; execute-only; ignore PAT with each type.
+    let script = "map 0x1000 0x1000 4k rwx\nmap 0x2000 0x2000 4k x mem=uc\nmap 0x3000 0x3000 4k rw mem=wc\n\
+        map 0x4000 0x4000 4k r mem=wt\ndump\n";
+    assert_eq!(
+        run("ept", script),
+        "ok\nok\nok\nok\nL4 0x0 0000000000000107\nL3 0x0 0000000000000107\nL2 0x0 0000000000000107\n\
+         L1 0x1000 0000000000001177\nL1 0x2000 0000000000002144\nL1 0x3000 000000000000314b\n\
+         L1 0x4000 0000000000004161\nend 7\n"
+    );
+    // Long mode: PWT is WT and PWT with PCD is UC, as after reset; U/S is set.
+    let script =
+        "map 0x1000 0x1000 4k rwx\nmap 0x2000 0x2000 4k rw mem=wt\nmap 0x200000 0x200000 2m rx page=2m mem=uc\ndump\n";
+    for format in ["x86-64", "npt"] {
+        assert_eq!(
+            run(format, script),
+            "ok\nok\nok\nL4 0x0 0000000000000027\nL3 0x0 0000000000000027\nL2 0x0 0000000000000027\n\
+             L1 0x1000 0000000000001027\nL1 0x2000 800000000000202f\nL2 0x200000 00000000002000bd\nend 6\n"
+        );
+    }
+}
+
+#[test]
+fn rule_05_parts_of_larger_leaves_are_split_and_what_is_absent_is_skipped() {
+    let script = "map 0 0x40000000 1g rwx page=1g\nunmap 0x1000 0x3fffe000\nunmap 0 1t\nmap 0 0x40000000 2m rwx page=2m\n\
+        protect 0x1ff000 8k r\nprotect 0x1fe000 4k w\nunmap 0 0x1fd000\ndump\nunmap 0x1fd000 12k\ndump\n";
+    assert_eq!(
+        run("ept", script),
+        "ok\nok\nok\nok\nok\nrefused perm\nok\n\
+         L4 0x0 0000000000000107\nL3 0x0 0000000000000107\nL2 0x0 0000000000000107\n\
+         L1 0x1fd000 00000000401fd177\nL1 0x1fe000 00000000401fe177\nL1 0x1ff000 00000000401ff171\nend 6\n\
+         ok\nend 0\n"
+    );
+    // No further than needed: 511 leaves of 2M stay.
+    let script = "map 0 0 1g rw page=1g\nwrprotect 0x200000 4k\nstats\n";
+    assert_eq!(
+        run("npt", script),
+        "ok\nok\ntables 4\nleaves_4k 512\nleaves_2m 511\nleaves_1g 0\nbytes_tables 16384\nend 5\n"
+    );
+}
+
+#[test]
+fn rule_06_logging_withholds_writing_until_it_is_used() {
+    let script = "map 0x1000 0x1000 8k rwx\nwrprotect 0 1t\nwalk 0x1000\ntouch 0x1008 r\ndirty 0 1t\ntouch 0x1008 w\n\
+        walk 0x1000\ndirty 0 1t\nwalk 0x1000\nwalk 0x2000\n";
+    let way = "L4 0x0 0000000000000107\nL3 0x0 0000000000000107\nL2 0x0 0000000000000107\n";
+    assert_eq!(
+        run("ept", script),
+        format!(
+            "ok\nok\n{way}L1 0x1000 0000000000001175\nend 4\nok 0x1008\nend 0\nok 0x1008\n\
+             {way}L1 0x1000 0000000000001377\nend 4\n0x1000 0x1000\nend 1\n\
+             {way}L1 0x1000 0000000000001175\nend 4\n{way}L1 0x2000 0000000000002175\nend 4\n"
+        )
+    );
+    // What is read-only is logged too once it may be written; what is absent is not.
+    let script = "map 0x1000 0x1000 4k r\nwrprotect 0 1m\nmap 0x2000 0x2000 4k rw\nprotect 0x1000 4k rw\n\
+        walk 0x1000\nwalk 0x2000\n";
+    assert_eq!(
+        run("ept", script),
+        format!("ok\nok\nok\nok\n{way}L1 0x1000 0000000000001171\nend 4\n{way}L1 0x2000 0000000000002173\nend 4\n")
+    );
+}
+
+#[test]
+fn rule_07_touch_sets_what_hardware_would_and_never_maps() {
+    let script = "touch 0 r\nmap 0x1000 0x5000 4k rx\ntouch 0x1fff r\ntouch 0x1fff w\ntouch 0x1fff x\nage 0x1000 4k\n\
+        touch 0x1000 w\nage 0x1000 4k\ntouch 0x1000 r\nage 0x1000 4k\ntouch 0x2000 r\n\
+        map 0x3000 0x3000 4k rw\ntouch 0x3000 w\nwalk 0x3000\ntouch 0x3000 x\n";
+    assert_eq!(
+        run("ept", script),
+        "fault absent\nok\nok 0x5fff\nfault perm\nok 0x5fff\nok 1\n\
+         fault perm\nok 0\nok 0x5000\nok 1\nfault absent\nok\nok 0x3000\n\
+         L4 0x0 0000000000000107\nL3 0x0 0000000000000107\nL2 0x0 0000000000000107\nL1 0x3000 0000000000003373\nend 4\n\
+         fault perm\n"
+    );
+}
+
+#[test]
+fn rule_07_without_hardware_an_old_leaf_faults_once() {
+    let script = "map 0x1000 0x5000 4k rw\ntouch 0x1000 w\nage 0x1000 4k\ntouch 0x1000 x\ntouch 0x1000 x\ntouch 0x1000 w\n\
+        age 0 1m\ndirty 0 1m\nwrprotect 0 1m\ntouch 0x1000 w\ntouch 0x1000 w\ndirty 0 1m\nwalk 0x1000\n";
+    for off in ["npt --hw-ad=off", "npt --hw-ad off"] {
+        assert_eq!(
+            run(off, script),
+            "ok\nok 0x5000\nok 1\nfault af\nfault perm\nok 0x5000\n\
+             ok 1\nend 0\nok\nfault af\nok 0x5000\n0x1000 0x1000\nend 1\n\
+             L4 0x0 0000000000000027\nL3 0x0 0000000000000027\nL2 0x0 0000000000000027\nL1 0x1000 8000000000005025\nend 4\n"
+        );
+    }
+    assert_eq!(
+        run("ept --hw-ad=off", "map 0 0 4k r\nage 0 4k\ntouch 0 r\ntouch 0 r\n"),
+        "ok\nok 1\nfault af\nok 0x0\n"
+    );
+    assert_eq!(run("ept --hw-ad", "map 0 0 4k r\nage 0 4k\ntouch 0 r\ntouch 0 r\n"), "ok\nok 1\nok 0x0\nok 0x0\n");
+}
+
+#[test]
+fn rule_08_age_counts_young_leaves_and_dirty_lists_written_ones() {
+    let script = "map 0 0 4m rwx page=2m\nmap 0x400000 0 8k rwx\nage 0 1t\nage 0 1t\ntouch 0x1000 r\nage 0 1t\n\
+        touch 0x400008 w\ntouch 0x3fffff w\ndirty 0 1t\ndirty 0 1t\ntouch 0x400000 w\ndirty 0x401000 4k\ndirty 0x400000 4k\n\
+        age 0 1t\n";
+    assert_eq!(
+        run("ept", script),
+        "ok\nok\nok 4\nok 0\nok 0x1000\nok 1\nok 0x8\nok 0x3fffff\n\
+         0x200000 0x200000\n0x400000 0x1000\nend 2\nend 0\nok 0x0\nend 0\n0x400000 0x1000\nend 1\nok 2\n"
+    );
+}
+
+#[test]
+fn rule_09_change_leaves_a_read_only_page_and_never_creates() {
+    let script = "change 0x1000 0x9000\nzapchange 0x1000 0x9000\nmap 0x200000 0x40000000 2m rwx page=2m\n\
+        change 0x201000 0x9000\ntouch 0x201004 r\ntouch 0x201004 x\ntouch 0x201004 w\ntouch 0x202000 w\nwalk 0x201000\n\
+        zapchange 0x201000 0xa000\ntouch 0x201000 r\nzapchange 0x201000 0xa000\nstats\n";
+    assert_eq!(
+        run("ept", script),
+        "absent\nabsent\nok\nchanged\nok 0x9004\nok 0x9004\nfault perm\nok 0x40002000\n\
+         L4 0x0 0000000000000107\nL3 0x0 0000000000000107\nL2 0x200000 0000000000000107\nL1 0x201000 0000000000009175\nend 4\n\
+         zapped\nfault absent\nabsent\n\
+         tables 4\nleaves_4k 511\nleaves_2m 0\nleaves_1g 0\nbytes_tables 16384\nend 5\n"
+    );
+    // A write that was not harvested is not forgotten.
+    let script = "map 0x1000 0x1000 4k rw\ntouch 0x1000 w\nchange 0x1000 0x2000\ndirty 0 1m\n";
+    assert_eq!(run("npt", script), "ok\nok 0x1000\nchanged\n0x1000 0x1000\nend 1\n");
+}
+
+#[test]
+fn rule_10_split_goes_to_the_granule_and_collapse_as_far_as_it_can() {
+    let script = "map 0 0x40000000 1g rwx page=1g\nage 0 1g\nsplit 0 2m\nstats\ntouch 0x5000 w\n\
+        collapse 0 2m\nwalk 0\ncollapse 0 1t\ndump\n";
+    assert_eq!(
+        run("ept", script),
+        "ok\nok 1\nok\ntables 4\nleaves_4k 512\nleaves_2m 511\nleaves_1g 0\nbytes_tables 16384\nend 5\nok 0x40005000\nok\n\
+         L4 0x0 0000000000000107\nL3 0x0 0000000000000107\nL2 0x0 00000000400003f7\nend 3\n\
+         ok\nL4 0x0 0000000000000107\nL3 0x0 00000000400003f7\nend 2\n"
+    );
+    // Not beyond the range, not what differs, not what does not follow, not what is not aligned.
+    let script = "map 0 0 2m rw\ncollapse 0 0x1ff000\nstats\nprotect 0x1000 4k r\ncollapse 0 2m\n\
+        map 0x200000 0x1000 2m rw\ncollapse 0x200000 2m\nmap 0x400000 0x400000 1m rw\nmap 0x500000 0x600000 1m rw\n\
+        collapse 0 1g\nstats\n";
+    assert_eq!(
+        run("npt", script),
+        "ok\nok\ntables 4\nleaves_4k 512\nleaves_2m 0\nleaves_1g 0\nbytes_tables 16384\nend 5\nok\nok\n\
+         ok\nok\nok\nok\nok\ntables 6\nleaves_4k 1536\nleaves_2m 0\nleaves_1g 0\nbytes_tables 24576\nend 5\n"
+    );
+}
+
+#[test]
+fn rule_11_walk_has_a_row_for_each_level_from_the_root() {
+    let script = "map 0x40201000 0x5000 4k rw\nwalk 0x40201fff\nwalk 0x40400000\nwalk 0x8000000000\n";
+    assert_eq!(
+        run("npt", script),
+        "ok\nL4 0x0 0000000000000027\nL3 0x40000000 0000000000000027\nL2 0x40200000 0000000000000027\n\
+         L1 0x40201000 8000000000005027\nend 4\n\
+         L4 0x0 0000000000000027\nL3 0x40000000 0000000000000027\nL2 0x40400000 0000000000000000\nend 3\n\
+         L4 0x8000000000 0000000000000000\nend 1\n"
+    );
+    let script = "map 0x1000000000000 0x5000 4k rw\nwalk 0x1000000000000\n";
+    let five = "ok\nL5 0x1000000000000 0000000000000027\nL4 0x1000000000000 0000000000000027\n\
+         L3 0x1000000000000 0000000000000027\nL2 0x1000000000000 0000000000000027\n\
+         L1 0x1000000000000 8000000000005027\nend 5\n";
+    assert_eq!(run("x86-64-la57", script), five);
+    assert_eq!(run("npt --levels 5 --ipa-bits 57", script), five);
+    assert_eq!(run("npt --ipa-bits 57", script), five);
+}
+
+#[test]
+fn rule_12_flushes_are_counted_by_kind_and_absent_entries_owe_none() {
+    let nothing = "unmap 0 1g\nprotect 0 1g r\nwrprotect 0 1g\nage 0 1g\ndirty 0 1g\nchange 0 0\nzapchange 0 0\n\
+        split 0 1g\ncollapse 0 1g\ntouch 0 w\nflushes\n";
+    let answers = "ok\nok\nok\nok 0\nend 0\nabsent\nabsent\nok\nok\nfault absent\nend 0\n";
+    // Mapping owes none, and neither does what takes nothing away.
+    let some = "map 0x1000 0x1000 8k rw\ntouch 0x1000 w\nage 0 1m\nsplit 0 1m\nflushes\n\
+        protect 0x1000 4k r\nflushes\nprotect 0x1000 4k rw\nflushes\ndirty 0 1m\nunmap 0x1000 4k\nflushes\n";
+    for (format, kind) in [("ept", "invept"), ("npt", "asid"), ("x86-64", "invlpg"), ("x86-64-la57", "invlpg")] {
+        assert_eq!(run(format, nothing), answers);
+        let expected = format!(
+            "ok\nok 0x1000\nok 2\nok\nend 0\nok\n{kind} 1\nend 1\nok\n{kind} 1\nend 1\n0x1000 0x1000\nend 1\nok\n{kind} 3\nend 1\n"
+        );
+        assert_eq!(run(format, some), expected, "{format}");
+    }
+    let many = "map 0 0 4m rw\nwrprotect 0 1m\nwrprotect 0x100000 8k\nflushes\n";
+    assert_eq!(run("x86-64", many), "ok\nok\nok\ncr3 1\ninvlpg 2\nend 2\n");
+}
+
+#[test]
+fn rule_13_stats_has_tables_leaves_of_each_size_and_bytes() {
+    let empty = "tables 1\nleaves_4k 0\nleaves_2m 0\nleaves_1g 0\nbytes_tables 4096\nend 5\n";
+    for format in ["ept", "npt", "x86-64", "x86-64-la57"] {
+        assert_eq!(run(format, "stats\n"), empty);
+    }
+    let script = "map 0x40000000 0 0x40201000 rw page=max\nstats\nunmap 0 1t\nstats\n";
+    assert_eq!(
+        run("ept", script),
+        format!("ok\ntables 4\nleaves_4k 1\nleaves_2m 1\nleaves_1g 1\nbytes_tables 16384\nend 5\nok\n{empty}")
+    );
+}
+
+#[test]
+fn rule_14_dump_prints_entries_ascending_without_table_addresses_and_software_bits() {
+    let script = "map 0x8000000000 0x2000 4k rw\nmap 0x40000000 0x40000000 1g rx page=1g\nmap 0x200000 0x200000 2m r page=2m\n\
+        wrprotect 0 1t\ndump\n";
+    assert_eq!(
+        run("ept", script),
+        "ok\nok\nok\nok\n\
+         L4 0x0 0000000000000107\nL3 0x0 0000000000000107\nL2 0x200000 00000000002001f1\nL3 0x40000000 00000000400001f5\n\
+         L4 0x8000000000 0000000000000107\nL3 0x8000000000 0000000000000107\nL2 0x8000000000 0000000000000107\n\
+         L1 0x8000000000 0000000000002171\nend 8\n"
+    );
+    let mask = |format: &str| spte(&["decode", "--mask", "--format", format], b"").1;
+    assert_eq!(
+        mask("ept"),
+        "L4 00000000000001ff table\nL3 00000000000001ff table\nL3 000ffffffffff3ff leaf\n\
+         L2 00000000000001ff table\nL2 000ffffffffff3ff leaf\nL1 000ffffffffff37f leaf\nend 6\n"
+    );
+    assert_eq!(
+        mask("npt"),
+        "L4 80000000000000bf table\nL3 80000000000000bf table\nL3 800ffffffffff0ff leaf\n\
+         L2 80000000000000bf table\nL2 800ffffffffff0ff leaf\nL1 800ffffffffff0ff leaf\nend 6\n"
+    );
+    assert_eq!(
+        mask("x86-64-la57"),
+        "L5 80000000000000bf table\nL4 80000000000000bf table\nL3 80000000000000bf table\nL3 800ffffffffff1ff leaf\n\
+         L2 80000000000000bf table\nL2 800ffffffffff1ff leaf\nL1 800ffffffffff1ff leaf\nend 7\n"
+    );
+    assert_eq!(
+        spte(&["decode", "--mask", "--format", "x86-64", "--level", "2"], b"").1,
+        "L2 80000000000000bf table\nL2 800ffffffffff1ff leaf\nend 2\n"
+    );
+}

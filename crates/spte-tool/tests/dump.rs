@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `spte dump`: tables in images that somebody else made, right or wrong.
+
+mod common;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use common::{Ran, spte};
+use proptest::prelude::*;
+
+/// An image in a file that goes with it.
+struct Image(PathBuf);
+
+impl Image {
+    fn new(bytes: &[u8]) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("spte-image-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        std::fs::File::create(&path).unwrap().write_all(bytes).unwrap();
+        Self(path)
+    }
+
+    fn dump(&self, options: &str) -> Ran {
+        let words: Vec<&str> = ["dump", "--format"].into_iter().chain(options.split(' ')).collect();
+        spte(&[&words[..], &[self.0.to_str().unwrap()]].concat(), b"")
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Pages with these entries: page, index, value.
+fn pages(count: usize, entries: &[(usize, usize, u64)]) -> Vec<u8> {
+    let mut bytes = vec![0; count * 4096];
+    for (page, index, value) in entries {
+        let at = page * 4096 + index * 8;
+        bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
+    bytes
+}
+
+/// Somebody else's EPT at 4G, its root in the third page: none of our software bits.
+fn somebodys() -> Vec<u8> {
+    pages(
+        5,
+        &[
+            (2, 0, 0x1_0000_0007),
+            (2, 511, 0x1_0000_0107),
+            (0, 1, 0x2_4000_00b7),
+            (0, 2, 0x1_0000_1007),
+            (1, 3, 0x1_0000_3007),
+            (3, 0, 0x5037),
+            (3, 511, 0x0030_0000_0000_6171),
+        ],
+    )
+}
+
+#[test]
+fn a_table_is_printed_as_hardware_reads_it() {
+    let image = Image::new(&somebodys());
+    assert_eq!(
+        image.dump("ept --root 0x100002000 --base 0x100000000"),
+        (
+            0,
+            "L4 0x0 0000000000000007\nL3 0x40000000 00000002400000b7\nL3 0x80000000 0000000000000007\n\
+             L2 0x80600000 0000000000000007\nL1 0x80600000 0000000000005037\nL1 0x807ff000 0000000000006171\n\
+             L4 0xff8000000000 0000000000000107\nL3 0xff8040000000 00000002400000b7\nL3 0xff8080000000 0000000000000007\n\
+             L2 0xff8080600000 0000000000000007\nL1 0xff8080600000 0000000000005037\nL1 0xff80807ff000 0000000000006171\n\
+             end 12\n"
+                .into(),
+            String::new()
+        )
+    );
+    let raw = image.dump("ept --root 0x100002000 --base 0x100000000 --raw --limit 12").1;
+    assert!(raw.starts_with("L4 0x0 0000000100000007\n"), "{raw}");
+    assert!(raw.contains("L1 0x807ff000 0030000000006171\n"), "{raw}");
+    let json = image.dump("ept --root 0x100002000 --base 0x100000000 --json").1;
+    let first: serde_json::Value = serde_json::from_str(json.lines().next().unwrap()).unwrap();
+    let expected =
+        serde_json::json!({ "level": 4, "gpa": "0x0", "raw": "0000000000000007", "kind": "table", "trouble": null });
+    assert_eq!(first, expected);
+    assert_eq!(json.lines().count(), 12);
+}
+
+#[test]
+fn impossible_entries_are_shown_with_their_rule_and_not_followed() {
+    let image = Image::new(&pages(2, &[(0, 0, 0x1002), (0, 1, 0x1087), (0, 2, 0x1007), (1, 0, 0x4000)]));
+    assert_eq!(
+        image.dump("ept --root 0"),
+        (
+            0,
+            "L4 0x0 0000000000001002 # impossible: an entry that is not readable must not be writable\n\
+             L4 0x8000000000 0000000000001087 # impossible: bit 7 is reserved at levels 4 and 5\n\
+             L4 0x10000000000 0000000000000007\nL3 0x10000000000 0000000000000000\nend 4\n"
+                .into(),
+            String::new()
+        )
+    );
+}
+
+#[test]
+fn loops_in_the_image_end() {
+    // The root links to itself 512 times; and through a second table.
+    let mut entries: Vec<(usize, usize, u64)> = (0..512).map(|index| (0, index, 7)).collect();
+    let image = Image::new(&pages(1, &entries));
+    let (status, out, _) = image.dump("ept --root 0");
+    assert_eq!((status, out.lines().count()), (0, 513));
+    assert!(out.starts_with("L4 0x0 0000000000000007 # links back to the table at 0x0\n"), "{out}");
+    entries = vec![(0, 0, 0x1007), (1, 0, 7), (1, 1, 0x1007)];
+    let (status, out, _) = Image::new(&pages(2, &entries)).dump("ept --root 0");
+    let expected = "L4 0x0 0000000000000007\nL3 0x0 0000000000000007 # links back to the table at 0x0\n\
+        L3 0x40000000 0000000000000007 # links back to the table at 0x1000\nend 3\n";
+    assert_eq!((status, out.as_str()), (0, expected));
+}
+
+#[test]
+fn a_table_that_is_shared_many_times_ends_at_the_limit() {
+    let all = |page: usize, to: u64| (0..512).map(move |index| (page, index, to | 7));
+    let entries: Vec<_> = all(0, 0x1000).chain(all(1, 0x2000)).chain(all(2, 0x3000)).collect();
+    let image = Image::new(&pages(4, &entries));
+    let (status, out, err) = image.dump("ept --root 0 --limit 1000");
+    assert_eq!((status, out.lines().count()), (2, 1000));
+    assert_eq!(err, "spte: more than 1000 rows; the next is at 0x7ca00000\n");
+}
+
+#[test]
+fn tables_outside_the_image_are_named() {
+    let image = Image::new(&somebodys()[..0x3000 + 0x800]);
+    let (status, out, err) = image.dump("ept --root 0x100002000 --base 0x100000000");
+    assert_eq!(status, 2);
+    let outside = "the table at 0x100003000 is outside the image, which has 0x100000000 to 0x100003800";
+    assert!(out.contains(&format!("L2 0x80600000 0000000000000007 # {outside}\n")), "{out}");
+    assert!(out.ends_with("end 8\n"), "the rest is shown: {out}");
+    assert_eq!(err, format!("spte: {outside}\n"));
+    let fails = |options: &str, why: &str| {
+        assert_eq!(image.dump(options), (2, String::new(), format!("spte: {why}\n")));
+    };
+    fails("npt --root 0x10", "the root 0x10 is not aligned to 0x1000 bytes");
+    fails("npt --root 0x4000", "the table at 0x4000 is outside the image, which has 0x0 to 0x3800");
+    fails("npt --root 0 --base 0x1000", "the table at 0x0 is outside the image, which has 0x1000 to 0x4800");
+    fails("npt --root 0 --base 0xfffffffffffff000", "an image of 0x3800 bytes from 0xfffffffffffff000 passes 64 bits");
+    let (status, _, err) = spte(&["dump", "--format", "ept", "--root", "0", "/nowhere/at/all"], b"");
+    assert_eq!(status, 2);
+    assert!(err.starts_with("spte: /nowhere/at/all: "), "{err}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_image_is_no_panic(
+        format in prop::sample::select(vec!["ept", "npt", "x86-64", "x86-64-la57"]),
+        entries in prop::collection::vec((0_usize..6, 0_usize..512, 0_u64..8, any::<u64>(), any::<u64>()), 0..60),
+        cut in 0_usize..6 * 4096, noise in prop::collection::vec((0_usize..6 * 4096, any::<u8>()), 0..20),
+        root in prop_oneof![4 => (0_u64..6).prop_map(|page| page * 4096), 1 => any::<u64>()],
+        base in prop_oneof![4 => Just(0_u64), 1 => any::<u64>()],
+        json: bool,
+    ) {
+        // Mostly links among the pages, with some of the other bits.
+        let entries: Vec<_> = entries
+            .into_iter()
+            .map(|(page, index, to, a, b)| (page, index, to << 12 | 7 | a & b & 0xfff0_0000_0000_0fff & (a >> 3)))
+            .collect();
+        let mut bytes = pages(6, &entries);
+        for (at, byte) in noise {
+            bytes[at] = byte;
+        }
+        bytes.truncate(6 * 4096 - cut / 2);
+        let json = if json { " --json" } else { "" };
+        let (status, out, err) = Image::new(&bytes).dump(&format!("{format} --root {root} --base {base} --limit 5000{json}"));
+        prop_assert!(status == 0 || status == 2);
+        prop_assert_eq!(err.is_empty(), status == 0);
+        prop_assert!(out.lines().count() <= 5001);
+        if json.is_empty() && status == 0 {
+            let gpas = out.lines().filter(|row| row.starts_with('L')).map(|row| {
+                u64::from_str_radix(&row.split(' ').nth(1).unwrap()[2..], 16).unwrap()
+            });
+            prop_assert!(gpas.is_sorted(), "{}", out);
+        }
+    }
+
+    #[test]
+    fn any_bytes_are_no_panic(bytes in prop::collection::vec(any::<u8>(), 0..20_000), page in 0_u64..5) {
+        let (status, _, _) = Image::new(&bytes).dump(&format!("x86-64 --root {} --limit 3000", page * 4096));
+        prop_assert!(status == 0 || status == 2);
+    }
+}

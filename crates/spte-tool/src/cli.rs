@@ -65,7 +65,7 @@ Examples:
 
 const COMPLETIONS_EXAMPLES: &str = "\
 Examples:
-  $ spte completions bash >spte.bash && . ./spte.bash || true
+  $ spte completions bash >spte.bash
   $ spte completions zsh >_spte";
 
 /// Page-table entries in words, scripts run on real tables, tables in images of memory.

@@ -493,6 +493,7 @@ impl<F: ToolFormat> Machine<F> {
         }
         let mut of_table = of_table.into_iter().peekable();
         let mut rows = Vec::new();
+        let mut again = Ranges::default();
         for (start, size) in self.leaves_in(range)? {
             let end = start + size;
             let leaf = span(start, size)?;
@@ -504,8 +505,12 @@ impl<F: ToolFormat> Machine<F> {
             if self.open.overlaps(start, end) {
                 self.open.remove(start, end);
                 self.armed.insert(start, end);
-                self.table.arm(leaf)?;
+                again.insert(start, end);
             }
+        }
+        // Neighbours together: each call is a flush.
+        for (start, end) in again.within(0, u64::MAX) {
+            self.table.arm(span(start, end - start)?)?;
         }
         Ok(Answer::Rows(rows))
     }

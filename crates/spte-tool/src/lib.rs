@@ -11,6 +11,9 @@
 //! | print a table of a memory image | [`image`] |
 //! | add a format | [`format::ToolFormat`], and a name in [`setup`] |
 //!
+//! A format is one module like `x86`, which says in a [`format::ToolFormat`] what the engine does not ask: names of fields, masks,
+//! memory types, the flushes it owes; and one arm in [`setup`]'s two matches. Nothing else changes.
+//!
 //! What commands print is compared by machine, and never changes. What is not said in the contract is in the crate's
 //! README, under "Where the contract is silent".
 #![forbid(unsafe_code)]

@@ -56,11 +56,6 @@ impl FormatName {
             Self::Mips64 => "mips64",
         }
     }
-
-    /// Whether the command can do anything with it yet.
-    pub fn is_built(self) -> bool {
-        matches!(self, Self::Ept | Self::Npt | Self::X86_64 | Self::X86_64La57)
-    }
 }
 
 impl fmt::Display for FormatName {
@@ -68,6 +63,9 @@ impl fmt::Display for FormatName {
         f.write_str(self.word())
     }
 }
+
+/// The most physical address bits that an x86 entry holds.
+const X86_WIDEST: u8 = 52;
 
 /// Options that make no table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -165,26 +163,33 @@ impl Setup {
     /// # Errors
     /// [`SetupError`].
     pub fn new(format: FormatName, options: &Options) -> Result<Self, SetupError> {
-        if !format.is_built() {
-            return Err(SetupError::NotBuilt { format });
+        match format {
+            FormatName::Ept | FormatName::Npt | FormatName::X86_64 | FormatName::X86_64La57 => {
+                Self::x86(format, options)
+            }
+            FormatName::Arm64Stage2 | FormatName::PpcRadix | FormatName::PpcHpt | FormatName::Mips64 => {
+                Err(SetupError::NotBuilt { format })
+            }
         }
+    }
+
+    fn x86(format: FormatName, options: &Options) -> Result<Self, SetupError> {
+        let la57 = format == FormatName::X86_64La57;
         let granule = options.granule.unwrap_or(4 << 10);
         if granule != 4 << 10 {
             return Err(SetupError::Granule { format, granule });
         }
-        let default_bits = if format == FormatName::X86_64La57 { 57 } else { 48 };
-        let ipa_bits = options.ipa_bits.unwrap_or(default_bits);
-        let needed = if ipa_bits > 48 || format == FormatName::X86_64La57 { 5 } else { 4 };
-        let levels = options.levels.unwrap_or(needed);
-        if !matches!(levels, 4 | 5) || (format == FormatName::X86_64La57 && levels != 5) {
+        let ipa_bits = options.ipa_bits.unwrap_or(if la57 { 57 } else { 48 });
+        let levels = options.levels.unwrap_or(if la57 || ipa_bits > 48 { 5 } else { 4 });
+        if !matches!(levels, 4 | 5) || (la57 && levels != 5) {
             return Err(SetupError::Levels { format, levels });
         }
         let (least, most) = (12, if levels == 5 { 57 } else { 48 });
         if ipa_bits < least || ipa_bits > most {
             return Err(SetupError::IpaBits { format, bits: ipa_bits, least, most, levels });
         }
-        let pa_bits = options.pa_bits.unwrap_or(52);
-        let (least, most) = (32, 52);
+        let pa_bits = options.pa_bits.unwrap_or(X86_WIDEST.into());
+        let (least, most) = (32, X86_WIDEST.into());
         if pa_bits < least || pa_bits > most {
             return Err(SetupError::PaBits { bits: pa_bits, least, most });
         }
@@ -220,21 +225,31 @@ impl Setup {
     /// format can be: [`Setup::pa_bits`] is for the addresses of the script.
     ///
     /// # Errors
-    /// [`SetupError::X86`].
+    /// The format's own reason.
     pub fn for_table<U: Use>(&self, user: U) -> Result<U::Output, SetupError> {
-        self.lend(52, user)
+        self.lend(true, user)
     }
 
     /// Lends the format of the machine that the options say: for entries that somebody else made.
     ///
     /// # Errors
-    /// [`SetupError::X86`].
+    /// The format's own reason.
     pub fn for_entries<U: Use>(&self, user: U) -> Result<U::Output, SetupError> {
-        // 32 to 52, as checked.
-        self.lend(self.pa_bits as u8, user)
+        self.lend(false, user)
     }
 
-    fn lend<U: Use>(&self, physical_bits: u8, user: U) -> Result<U::Output, SetupError> {
+    fn lend<U: Use>(&self, widest: bool, user: U) -> Result<U::Output, SetupError> {
+        match self.format {
+            FormatName::Ept | FormatName::Npt | FormatName::X86_64 | FormatName::X86_64La57 => {
+                self.lend_x86(widest, user)
+            }
+            format => Err(SetupError::NotBuilt { format }),
+        }
+    }
+
+    fn lend_x86<U: Use>(&self, widest: bool, user: U) -> Result<U::Output, SetupError> {
+        // 32 to 52, as checked.
+        let physical_bits = if widest { X86_WIDEST } else { self.pa_bits as u8 };
         let levels = if self.levels == 5 { Levels::Five } else { Levels::Four };
         // As hardware has it while #VE is off; nothing that a script asks for depends on it.
         let ept = EptOptions { levels, physical_bits, suppress_ve: false, ..EptOptions::default() };
@@ -242,8 +257,7 @@ impl Setup {
         Ok(match self.format {
             FormatName::Ept => user.with(Ept::new(ept)?),
             FormatName::Npt => user.with(Npt::new(long_mode)?),
-            FormatName::X86_64 | FormatName::X86_64La57 => user.with(LongMode::new(long_mode)?),
-            format => return Err(SetupError::NotBuilt { format }),
+            _ => user.with(LongMode::new(long_mode)?),
         })
     }
 }

@@ -18,6 +18,10 @@ use spte_model::{Fault, Leaf, Logging, MemType, Model, Op, Outcome, PageChoice, 
 pub(crate) trait Driven: Format {
     /// The attributes of a memory type, `None` where there are none.
     fn attrs(mem: MemType) -> Option<Self::Attrs>;
+
+    /// Whether hardware records writes. Where it does not, a leaf that may be written counts as written, for safety; what
+    /// a user knows exactly is only what was upgraded, and that is what the driver goes by.
+    fn records_writes(&self) -> bool;
 }
 
 /// A set of addresses, as disjoint ranges.
@@ -74,8 +78,10 @@ pub(crate) struct Driver<F: Driven> {
     subscription: Option<Subscription>,
     walker: Walker,
     heard: Arc<Mutex<Vec<GpaRange>>>,
-    /// Written, and not harvested yet, as far as the sink said so.
+    /// Written, and not harvested yet, as far as the sink said so; without hardware's records, as far as upgrades said so.
     written: Bytes,
+    /// All that the sink ever said, until it is forgotten.
+    told: Bytes,
     /// Dirty logging is on, and a write is to be logged.
     armed: Bytes,
     /// Dirty logging is on, and a write was logged.
@@ -102,13 +108,13 @@ impl<F: Driven> Driver<F> {
     pub(crate) fn new(format: F, shape: Shape) -> Self {
         let heard = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&heard);
-        let builder = Space::builder().private_reclaim();
+        let builder = Space::builder().page_size(shape.granule()).unwrap().private_reclaim();
         let space = builder.dirty_sink(move |range: GpaRange| sink.lock().unwrap().push(range)).build();
         let table = Table::new(&space, format, Arc::new(HeapPages::new()), ()).unwrap();
         let subscription = Some(space.subscribe(Arc::clone(&table)).unwrap());
         let walker = space.walker();
-        let [written, armed, open] = [Bytes::default(), Bytes::default(), Bytes::default()];
-        Self { shape, space, table, subscription, walker, heard, written, armed, open }
+        let [written, told, armed, open] = [(); 4].map(|()| Bytes::default());
+        Self { shape, space, table, subscription, walker, heard, written, told, armed, open }
     }
 
     /// Leaves, ascending, as the model writes them.
@@ -140,27 +146,32 @@ impl<F: Driven> Driver<F> {
         };
         let withheld = armed && access.writable();
         assert_eq!(withheld, access.writable() && logging == Logging::Armed, "leaf at {start:#x}: {raw:#x}");
-        let dirty = dirty || self.written.overlaps(start, start + size);
+        let exact = self.table.format().records_writes();
+        let dirty = (dirty && exact) || self.written.overlaps(start, start + size);
         (start, Leaf { size, out: output.as_u64(), access: model_access(access), mem, accessed, dirty, logging })
     }
 
     /// Facts that the sink heard since this was last asked, which become part of what is known to be written.
     fn listen(&mut self) {
         for range in std::mem::take(&mut *self.heard.lock().unwrap()) {
-            self.written.insert(range.start().as_u64(), range.end().as_u64());
+            let (start, end) = (range.start().as_u64(), range.end().as_u64());
+            self.told.insert(start, end);
+            if self.table.format().records_writes() {
+                self.written.insert(start, end);
+            }
         }
     }
 
     /// Whether the sink has said that `start..end` was written.
     pub(crate) fn was_reported(&mut self, start: u64, end: u64) -> bool {
         self.listen();
-        self.written.overlaps(start, end)
+        self.told.overlaps(start, end)
     }
 
     /// What was removed has no logging, and its facts are the caller's.
     pub(crate) fn forget(&mut self, start: u64, end: u64) {
         self.listen();
-        for bytes in [&mut self.written, &mut self.armed, &mut self.open] {
+        for bytes in [&mut self.written, &mut self.told, &mut self.armed, &mut self.open] {
             bytes.remove(start, end);
         }
     }
@@ -321,6 +332,9 @@ impl<F: Driven> Driver<F> {
                     assert!(self.armed.overlaps(start, end), "armed without having been asked for at {gpa:#x}");
                     self.armed.remove(start, end);
                     self.open.insert(start, end);
+                    if !table.format().records_writes() {
+                        self.written.insert(start, end);
+                    }
                 }
                 Miss::Old { .. } => {
                     assert!(table.make_young(Gpa::new(gpa)));
@@ -333,7 +347,11 @@ impl<F: Driven> Driver<F> {
 
     fn harvest(&mut self, gpa: u64, size: u64) -> Outcome {
         self.listen();
-        let harvested = self.table.harvest_dirty(range(gpa, size)).unwrap();
+        let harvested = if self.table.format().records_writes() {
+            self.table.harvest_dirty(range(gpa, size)).unwrap()
+        } else {
+            Vec::new()
+        };
         let mut rows = Vec::new();
         let mut of_table = harvested.iter().peekable();
         for (start, size) in self.leaves_in_unchecked(gpa, gpa + size) {
@@ -342,6 +360,7 @@ impl<F: Driven> Driver<F> {
             if in_table || self.written.overlaps(start, end) {
                 rows.push((start, size));
                 self.written.remove(start, end);
+                self.told.remove(start, end);
             }
             if self.open.overlaps(start, end) {
                 self.open.remove(start, end);

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Stage-2 tables against the plain sequential truth, operation by operation: every granule, with and without hardware's
+//! accessed and dirty, 48 and 52 bits, concatenated roots, breaking before making and not.
+
+#[path = "common/driver.rs"]
+mod driver;
+
+use driver::{Driven, Driver, agree};
+use proptest::prelude::*;
+use spte_arm64::{AccessedDirty, BreakLevel, Granule, MemoryType, Stage2, Stage2Attrs, Stage2Options};
+use spte_core::format::Format;
+use spte_model::{MemType, Op, Shape, parse_script};
+
+impl Driven for Stage2 {
+    fn attrs(mem: MemType) -> Option<Stage2Attrs> {
+        let memory = match mem {
+            MemType::Wb => MemoryType::WRITE_BACK,
+            MemType::Uc => MemoryType::DEVICE,
+            MemType::Wc => MemoryType::NON_CACHEABLE,
+            MemType::Wt => MemoryType::WRITE_THROUGH,
+        };
+        Some(Stage2Attrs::default().memory(memory))
+    }
+
+    fn records_writes(&self) -> bool {
+        self.options().accessed_dirty.sets_dirty()
+    }
+}
+
+/// The format, and what the model has to know of it, worked out from the manual's sizes rather than from the format.
+fn make(options: Stage2Options) -> (Stage2, Shape) {
+    const K: u64 = 1 << 10;
+    const M: u64 = 1 << 20;
+    const G: u64 = 1 << 30;
+    let sizes: &[u64] = match (options.granule, options.lpa2, options.physical_bits) {
+        (Granule::K4, false, _) => &[4 * K, 2 * M, G],
+        (Granule::K4, true, _) => &[4 * K, 2 * M, G, 512 * G],
+        (Granule::K16, false, _) => &[16 * K, 32 * M],
+        (Granule::K16, true, _) => &[16 * K, 32 * M, 64 * G],
+        (Granule::K64, _, 52) => &[64 * K, 512 * M, 4096 * G],
+        (Granule::K64, ..) => &[64 * K, 512 * M],
+    };
+    let shape = Shape::new(sizes, options.ipa_bits.into(), options.physical_bits.into()).unwrap();
+    let shape = shape.with_hw_ad(options.accessed_dirty.sets_dirty());
+    let format = Stage2::new(options).unwrap();
+    let shape = if options.fwb { shape.with_mem(&[MemType::Wb, MemType::Uc, MemType::Wc]) } else { shape };
+    (format, shape)
+}
+
+fn options(granule: Granule, accessed_dirty: AccessedDirty) -> Stage2Options {
+    Stage2Options { granule, accessed_dirty, ..Stage2Options::default() }
+}
+
+macro_rules! compare {
+    ($($name:ident: $options:expr;)*) => {
+        $(
+            #[test]
+            fn $name() {
+                let (_, shape) = make($options);
+                let strategy = spte_model::strategy::ops(&shape, 0..200);
+                proptest!(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }, |(ops in strategy)| {
+                    let (format, shape) = make($options);
+                    agree(format, shape, &ops);
+                });
+            }
+        )*
+    };
+}
+
+compare! {
+    granule_4k_without_hardware_facts_does_as_the_model: options(Granule::K4, AccessedDirty::Software);
+    granule_16k_without_hardware_facts_does_as_the_model: options(Granule::K16, AccessedDirty::Software);
+    granule_64k_without_hardware_facts_does_as_the_model: options(Granule::K64, AccessedDirty::Software);
+    granule_4k_with_hardware_facts_does_as_the_model: options(Granule::K4, AccessedDirty::Hardware);
+    granule_16k_with_hardware_facts_does_as_the_model: options(Granule::K16, AccessedDirty::Hardware);
+    granule_64k_with_hardware_facts_does_as_the_model: options(Granule::K64, AccessedDirty::Hardware);
+    lpa2_of_4k_does_as_the_model: Stage2Options {
+        lpa2: true, ipa_bits: 52, physical_bits: 52, ..options(Granule::K4, AccessedDirty::Hardware)
+    };
+    lpa2_of_16k_does_as_the_model: Stage2Options {
+        lpa2: true, ipa_bits: 51, physical_bits: 52, ..options(Granule::K16, AccessedDirty::Software)
+    };
+    wide_64k_does_as_the_model: Stage2Options {
+        ipa_bits: 52, physical_bits: 52, ..options(Granule::K64, AccessedDirty::Hardware)
+    };
+    resizing_in_place_does_as_the_model: Stage2Options {
+        break_level: BreakLevel::Level2, ..options(Granule::K4, AccessedDirty::Hardware)
+    };
+}
+
+#[test]
+fn a_type_that_fwb_does_not_have_is_refused() {
+    let (format, _) = make(Stage2Options { fwb: true, ..Stage2Options::default() });
+    let attrs = Stage2::attrs(MemType::Wt).unwrap();
+    assert_eq!(attrs.memory.mem_attr(format.options().fwb), None);
+}
+
+/// Scripts whose leaves are written out: what Linux 6.12's stage-2 code makes of the same operations.
+#[test]
+fn scripts_end_in_the_leaves_that_are_written_down() {
+    // What does not depend on anybody's policy: all but software bits, FnXS and DBM.
+    const MASK: u64 = 0x0060_ffff_ffff_f7ff;
+    let run = |options: Stage2Options, script: &str| {
+        let (_, shape) = make(options);
+        let ops: Vec<Op> = parse_script(&shape, script)
+            .unwrap()
+            .into_iter()
+            .filter_map(|(_, command)| match command {
+                spte_model::Command::Op(op) => Some(op),
+                _ => None,
+            })
+            .collect();
+        agree(make(options).0, shape.clone(), &ops);
+        let mut driver = Driver::new(make(options).0, shape);
+        ops.iter().for_each(|op| drop(driver.apply(op).unwrap()));
+        let mut rows = Vec::new();
+        let bits = options.ipa_bits;
+        let whole = notifier_core::AddrRange::with_len(notifier_core::Gpa::new(0), 1 << bits).unwrap();
+        driver.table.visit(whole, |found| {
+            if found.kind == spte_core::format::Kind::Leaf {
+                let number = driver.table.format().level_number(found.level);
+                rows.push(format!("L{number} {:#x} {:016x}", found.start.as_u64(), found.raw & MASK));
+            }
+        });
+        rows
+    };
+    let of = |granule| options(granule, AccessedDirty::Software);
+    let armed = "map 0x555d1ce9000 0x2dedb6a7000 0x2000 rw mem=uc\nwrprotect 0x555d1ce9000 0x1000";
+    let options = Stage2Options { ipa_bits: 48, ..of(Granule::K4) };
+    assert_eq!(run(options, armed), ["L3 0x555d1ce9000 004002dedb6a7747", "L3 0x555d1cea000 004002dedb6a87c7"]);
+    let large = "map 0x5e1ea9600000 0x14c52ce00000 0x201000 rx page=max";
+    assert_eq!(run(options, large), ["L2 0x5e1ea9600000 000014c52ce0077d", "L3 0x5e1ea9800000 000014c52d00077f"]);
+    let device = "map 0x668864a00000 0x359c8e400000 0x201000 rw page=max mem=uc";
+    assert_eq!(run(options, device), ["L2 0x668864a00000 0040359c8e4007c5", "L3 0x668864c00000 0040359c8e6007c7"]);
+    let aged = "map 0x4000 0x8000 16k rwx\nage 0x4000 16k";
+    assert_eq!(run(of(Granule::K16), aged), ["L3 0x4000 00000000000083ff"]);
+    // Part of a device block: the rest stays device.
+    let cut = "map 0x20000000 0x40000000 512m rw page=512m mem=uc\nunmap 0x20010000 0x1ffe0000";
+    let rest = ["L3 0x20000000 00400000400007c7", "L3 0x3fff0000 004000005fff07c7"];
+    assert_eq!(run(of(Granule::K64), cut), rest);
+    let changed = "map 0x1000 0x5000 4k rwx\nchange 0x1000 0x9000\nzapchange 0x2000 0x9000\nchange 0x3000 0x9000";
+    assert_eq!(run(of(Granule::K4), changed), ["L3 0x1000 000000000000977f"]);
+}

@@ -324,8 +324,8 @@ mod tests {
 
     #[test]
     fn high_address_bits_have_their_place() {
-        assert_eq!(AddressLayout::Lpa2.put(0xe_8000_1234_5000), 0x2_8000_1234_5200);
-        assert_eq!(AddressLayout::Lpa2.get(0x2_8000_1234_5200, 12), 0xe_8000_1234_5000);
+        assert_eq!(AddressLayout::Lpa2.put(0xe_8000_1234_5000), 0x2_8000_1234_5300);
+        assert_eq!(AddressLayout::Lpa2.get(0x2_8000_1234_5300, 12), 0xe_8000_1234_5000);
         assert_eq!(AddressLayout::Lpa64K.put(0xf_8000_1234_0000), 0x8000_1234_f000);
         assert_eq!(AddressLayout::Lpa64K.get(0x8000_1234_f000, 16), 0xf_8000_1234_0000);
         assert_eq!(AddressLayout::Bits48.get(0xffff_ffff_ffff_ffff, 21), 0xffff_ffe0_0000);

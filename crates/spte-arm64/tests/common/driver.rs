@@ -410,8 +410,10 @@ impl<F: Driven> Driver<F> {
         }
         self.listen();
         for (start, size) in self.leaves_in_unchecked(gpa, end) {
-            if self.written.overlaps(start, start + size) {
-                self.written.insert(start, start + size);
+            for bytes in [&mut self.written, &mut self.told] {
+                if bytes.overlaps(start, start + size) {
+                    bytes.insert(start, start + size);
+                }
             }
         }
         Outcome::Ok

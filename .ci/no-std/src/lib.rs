@@ -8,7 +8,8 @@ use alloc::sync::Arc;
 use core::alloc::{GlobalAlloc, Layout};
 
 use notifier_core::{Access, AddrRange, Change, Extent, Gpa, OutputAddr, Space};
-use spte_core::{HeapPages, MapOptions, Table};
+use spte_arm64::{Stage2, Stage2Options};
+use spte_core::{Format, HeapPages, MapOptions, Table};
 use spte_x86::{Ept, EptOptions};
 
 struct NoMemory;
@@ -32,12 +33,12 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
 /// Reaches into every crate, so that all of it is compiled and linked.
 #[unsafe(no_mangle)]
 pub extern "C" fn repoint() -> bool {
-    run().is_some()
+    run(Ept::new(EptOptions::default()).ok()).is_some() && run(Stage2::new(Stage2Options::default()).ok()).is_some()
 }
 
-fn run() -> Option<()> {
+fn run<F: Format>(format: Option<F>) -> Option<()> {
     let space = Space::new();
-    let format = Ept::new(EptOptions::default()).ok()?;
+    let format = format?;
     let table = Table::new(&space, format, Arc::new(HeapPages::new()), ()).ok()?;
     let _subscription = space.subscribe(Arc::clone(&table)).ok()?;
     let page = AddrRange::with_len(Gpa::new(0x1000), 0x1000).ok()?;

@@ -139,8 +139,7 @@ impl Stage2 {
         refuse(level, raw, raw & FNXS, "no leaf of this crate has FnXS")?;
         let xn = (raw & EXECUTE_NEVER) >> EXECUTE_NEVER_SHIFT;
         let withheld = raw & WITHHELD_EXECUTE;
-        let sensible = withheld == 0
-            || (self.options().xnx && xn == 2 && withheld >> WITHHELD_EXECUTE_SHIFT != 2);
+        let sensible = withheld == 0 || (self.options().xnx && xn == 2 && withheld >> WITHHELD_EXECUTE_SHIFT != 2);
         require(
             level,
             raw,
@@ -150,7 +149,12 @@ impl Stage2 {
         )?;
         refuse(level, raw, raw & bit_range(63, 61), "bits 63:61 are nobody's")?;
         if !self.options().accessed_dirty.sets_dirty() {
-            refuse(level, raw, raw & DBM, "DBM would bring writing back where hardware records writes, and is clear here")?;
+            refuse(
+                level,
+                raw,
+                raw & DBM,
+                "DBM would bring writing back where hardware records writes, and is clear here",
+            )?;
         }
         require(
             level,

@@ -67,10 +67,21 @@ impl Stage2 {
         require(level, raw, raw & CONTIGUOUS != 0, CONTIGUOUS, "every entry of a contiguous set has the bit")?;
         let field = self.layout().field(self.shift(level));
         let begin = self.output(level, first);
-        require(level, first, begin & (set.bytes - 1) == 0, field, "a contiguous set begins at a multiple of its size")?;
+        require(
+            level,
+            first,
+            begin & (set.bytes - 1) == 0,
+            field,
+            "a contiguous set begins at a multiple of its size",
+        )?;
         let follows = self.output(level, raw) == begin + (u64::from(index) << self.shift(level));
         require(level, raw, follows, field, "outputs of a contiguous set follow one another")?;
         let attributes = !(field | ACCESS_FLAG | self.hardware_bits() | CLAIM);
-        refuse(level, raw, (raw ^ first) & attributes, "entries of a contiguous set have the same attributes and rights")
+        refuse(
+            level,
+            raw,
+            (raw ^ first) & attributes,
+            "entries of a contiguous set have the same attributes and rights",
+        )
     }
 }

@@ -316,7 +316,11 @@ impl Stage2 {
             (Kind::Leaf | Kind::Table(_), _) => Transition::FLUSH,
             // A valid entry that somebody else wrote, which hardware may have cached.
             (Kind::Special, _) if old != new && old & VALID != 0 => {
-                if new & VALID != 0 { Transition::BREAK } else { Transition::FLUSH }
+                if new & VALID != 0 {
+                    Transition::BREAK
+                } else {
+                    Transition::FLUSH
+                }
             }
             _ => Transition::FREE,
         }

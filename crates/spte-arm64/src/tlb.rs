@@ -21,8 +21,8 @@
 //! Before what was unmapped is used again without FWB, its caches are cleaned after this: see
 //! [`maintenance`](crate::maintenance).
 
-use spte_core::{FlushRange, FlushRequest};
 use spte_core::format::Level;
+use spte_core::{FlushRange, FlushRequest};
 
 use crate::{bits::number_of, stage2::Stage2};
 
@@ -79,12 +79,8 @@ pub enum Tlbi {
 }
 
 /// What all VMIDs need before the first is used again.
-pub const VMID_ROLLOVER: [Step; 4] = [
-    Step::Barrier(Barrier::InnerStores),
-    Step::Invalidate(Tlbi::Everything),
-    Step::Barrier(Barrier::Inner),
-    Step::Isb,
-];
+pub const VMID_ROLLOVER: [Step; 4] =
+    [Step::Barrier(Barrier::InnerStores), Step::Invalidate(Tlbi::Everything), Step::Barrier(Barrier::Inner), Step::Isb];
 
 /// After rights were added in place to the leaf at `ipa`: on the processor that took the fault, before it goes back. Others
 /// may fault once more for nothing (Linux: `__kvm_tlb_flush_vmid_ipa_nsh`).
@@ -173,10 +169,17 @@ impl<'a> Steps<'a> {
     /// What `request` takes. Nothing, where it names nothing.
     pub fn new(format: &'a Stage2, features: TlbFeatures, request: &FlushRequest<'a>) -> Self {
         let ranges = request.ranges;
-        let whole = request.all || ranges.into_iter().any(|range| takes_too_many(format, features, range));
+
         let next = ranges.first().map_or(0, |range| range.range.start().as_u64());
-        let at = if whole || !ranges.is_empty() { At::Begin } else { At::End };
-        Self { format, features, ranges, next, whole, at }
+        let at = if request.all || !ranges.is_empty() { At::Begin } else { At::End };
+        Self { format, features, ranges, next, whole: request.all, at }
+    }
+
+    /// Whether a range begins here that takes more invalidations than it is worth.
+    fn is_too_much(&self) -> bool {
+        self.ranges.first().is_some_and(|range| {
+            self.next == range.range.start().as_u64() && takes_too_many(self.format, self.features, range)
+        })
     }
 
     /// The next invalidation by address or range.
@@ -220,9 +223,9 @@ impl Iterator for Steps<'_> {
 
     fn next(&mut self) -> Option<Step> {
         let (step, at) = match self.at {
-            At::Begin => {
-                (Step::Barrier(Barrier::InnerStores), if self.whole { At::Whole } else { At::Ranges })
-            }
+            At::Begin => (Step::Barrier(Barrier::InnerStores), if self.whole { At::Whole } else { At::Ranges }),
+            // The whole VMID makes the ranges that are left needless.
+            At::Ranges if self.is_too_much() => (Step::Invalidate(Tlbi::Vmid), At::WholeDone),
             At::Ranges => match self.invalidation() {
                 Some(operation) => (Step::Invalidate(operation), At::Ranges),
                 None => (Step::Barrier(Barrier::Inner), At::Stage1),

@@ -37,9 +37,8 @@ impl Flush for Watch {
     fn flush(&self, request: &FlushRequest<'_>) -> Result<(), FlushError> {
         let Some(table) = self.0.table.get().and_then(Weak::upgrade) else { return Ok(()) };
         let found = table.entry(self.1).unwrap();
-        let range = |flush: &spte_core::FlushRange| {
-            (flush.range.start().as_u64(), flush.range.len(), flush.leaf, flush.links)
-        };
+        let range =
+            |flush: &spte_core::FlushRange| (flush.range.start().as_u64(), flush.range.len(), flush.leaf, flush.links);
         let ranges = request.ranges.iter().map(range).collect();
         self.0.seen.lock().unwrap().push(Seen { ranges, kind: found.kind, level: found.level });
         Ok(())
@@ -83,9 +82,7 @@ impl Machine {
     }
 
     fn map(&self, start: u64, output: u64, len: u64, access: Access) -> Result<Mapped, MapError> {
-        self.install(range(start, len), output, access, |admission| {
-            self.table.map(admission, &MapOptions::default())
-        })
+        self.install(range(start, len), output, access, |admission| self.table.map(admission, &MapOptions::default()))
     }
 
     fn spec(&self, at: u64) -> LeafSpec<Stage2Attrs> {
@@ -197,10 +194,8 @@ fn another_output_or_type_over_a_leaf_is_a_conflict() {
     machine.map(0x1000, 0x8000, 0x1000, Access::READ).unwrap();
     let conflict = |result| matches!(result, Err(MapError::Conflict { .. }));
     assert!(conflict(machine.map(0x1000, 0x9000, 0x1000, Access::READ)));
-    let attrs = [
-        Stage2Attrs::default().memory(MemoryType::DEVICE),
-        Stage2Attrs { software: true, ..Stage2Attrs::default() },
-    ];
+    let attrs =
+        [Stage2Attrs::default().memory(MemoryType::DEVICE), Stage2Attrs { software: true, ..Stage2Attrs::default() }];
     for attrs in attrs {
         let refused = machine.install(range(0x1000, 0x1000), 0x8000, Access::READ, |admission| {
             machine.table.map(admission, &MapOptions::default().attrs(attrs))

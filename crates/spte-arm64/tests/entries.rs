@@ -270,7 +270,7 @@ fn three_values_survive_every_hardware_write() {
 fn an_invalid_entry_is_never_interpreted() {
     let format = stage2(Stage2Options::default());
     // A page, a table and a block with bit 0 clear.
-    for raw in [0x8000_17fe, 0x8000_0002, 0x4000_0000_9000_7c4, 0xffff_ffff_ffff_fffe] {
+    for raw in [0x8000_17fe, 0x8000_0002, 0x0040_0000_0900_07c4, 0xffff_ffff_ffff_fffe] {
         for number in 1..=3 {
             assert_eq!(format.kind(level(number), raw), Kind::Special);
             assert_eq!(format.hardware_kind(level(number), raw), HardwareKind::NotValid);

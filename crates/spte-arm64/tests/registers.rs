@@ -123,12 +123,8 @@ fn stage_1_follows_stage_2_after_a_barrier() {
     let format = stage2(Stage2Options::default());
     let page = range(0x12_3456_7000, 0x1000, Some(L3), false);
     assert_eq!(steps(&format, PLAIN, &[page], false), around(&[Tlbi::Ipa(0x1234567)]));
-    let whole = [
-        Step::Barrier(Barrier::InnerStores),
-        Step::Invalidate(Tlbi::Vmid),
-        Step::Barrier(Barrier::Inner),
-        Step::Isb,
-    ];
+    let whole =
+        [Step::Barrier(Barrier::InnerStores), Step::Invalidate(Tlbi::Vmid), Step::Barrier(Barrier::Inner), Step::Isb];
     assert_eq!(steps(&format, PLAIN, &[], true), whole);
     assert_eq!(steps(&format, PLAIN, &[], false), []);
 }

@@ -156,8 +156,7 @@ fn every_width_has_a_root_of_at_most_sixteen_tables() {
                 let wide = bits > 48;
                 let lpa2 = wide && granule != Granule::K64;
                 let physical_bits = if wide { 52 } else { 48 };
-                let format =
-                    Stage2::new(Stage2Options { ipa_bits: bits, physical_bits, lpa2, start, ..of(granule) });
+                let format = Stage2::new(Stage2Options { ipa_bits: bits, physical_bits, lpa2, start, ..of(granule) });
                 let format = match (granule, bits, start) {
                     // A single table of 16K would have to begin at level 0, which needs LPA2.
                     (Granule::K16, 48, Start::SingleTable) => {
@@ -184,8 +183,7 @@ fn a_start_that_does_not_fit_is_refused() {
     };
     assert_eq!(start(Granule::K4, 40, 1), Ok(()));
     assert_eq!(start(Granule::K4, 40, 0), Ok(()), "two entries");
-    let inconsistent =
-        |number, least, most, bits| Err(OptionsError::InconsistentStart { bits, number, least, most });
+    let inconsistent = |number, least, most, bits| Err(OptionsError::InconsistentStart { bits, number, least, most });
     assert_eq!(start(Granule::K4, 39, 0), inconsistent(0, 40, 52, 39));
     assert_eq!(start(Granule::K4, 44, 1), inconsistent(1, 31, 43, 44));
     assert_eq!(start(Granule::K4, 35, 2), inconsistent(2, 22, 34, 35));

@@ -27,11 +27,7 @@ pub fn any_granule() -> impl Strategy<Value = Granule> {
 }
 
 pub fn any_accessed_dirty() -> impl Strategy<Value = AccessedDirty> {
-    prop_oneof![
-        Just(AccessedDirty::Software),
-        Just(AccessedDirty::HardwareAccessed),
-        Just(AccessedDirty::Hardware)
-    ]
+    prop_oneof![Just(AccessedDirty::Software), Just(AccessedDirty::HardwareAccessed), Just(AccessedDirty::Hardware)]
 }
 
 pub fn any_shareability() -> impl Strategy<Value = Shareability> {
@@ -73,9 +69,8 @@ pub fn any_memory() -> impl Strategy<Value = MemoryType> {
 
 pub fn any_attrs() -> impl Strategy<Value = Stage2Attrs> {
     let execute = prop_oneof![Just(ExecuteAt::Both), Just(ExecuteAt::El0), Just(ExecuteAt::El1)];
-    (any_memory(), any_shareability(), execute, any::<bool>()).prop_map(
-        |(memory, shareability, execute, software)| Stage2Attrs { memory, shareability, execute, software },
-    )
+    (any_memory(), any_shareability(), execute, any::<bool>())
+        .prop_map(|(memory, shareability, execute, software)| Stage2Attrs { memory, shareability, execute, software })
 }
 
 /// Attributes that the format has in place of those it has not.

@@ -2,19 +2,7 @@
 //! Stage 2 of VMSAv8-64: one granule, one guest address width, one machine.
 //!
 //! Facts are from Arm DDI 0487, chapter "The AArch64 Virtual Memory System Architecture", and from Linux's
-//! `arch/arm64/kvm/hyp/pgtable.c`. What is done here otherwise than there, and why:
-//!
-//! - **A block of which a part goes is split**, not lost whole (`stage2_unmap_walker` removes the block, and the rest
-//!   faults in again), because a Retained window must keep what it does not change.
-//! - **A split keeps the memory type.** Linux's eager split rebuilds leaves from `kvm_pgtable_stage2_pte_prot`, which gives
-//!   back rights and software bits alone; it is safe there only because device blocks are never split.
-//! - **Rights rise in place** over a valid leaf, where `kvm_pgtable_stage2_map` answers -EAGAIN and writes nothing.
-//! - **What is absent stays absent in `change_pte`.** Linux's arm64 callback was a map of one page, read-only
-//!   (`kvm_set_spte_gfn`, before that `kvm_set_spte_hva`, calling `kvm_pgtable_stage2_map` with `KVM_PGTABLE_PROT_R` and no
-//!   memory cache). Where the last-level table was still there, kept by a neighbour, that *installed* the page, although
-//!   commit c13fda237f08 says that the callback "maps" only what was found: what was found was the table, not a leaf. Where
-//!   the table was gone too it did nothing (-ENOMEM); where a live leaf had the same page it did nothing either, and left it
-//!   writable (-EAGAIN); where a live block covered the page, it left the block, with the old page (-ENOMEM).
+//! `arch/arm64/kvm/hyp/pgtable.c`.
 
 use notifier_core::{Access, OutputAddr};
 use spte_core::format::{
@@ -83,6 +71,20 @@ impl Default for Stage2Options {
 }
 
 /// The stage 2 format of one machine and one address width.
+///
+/// # Where Linux does otherwise, and why
+///
+/// - **A block of which a part goes is split**, not lost whole (`stage2_unmap_walker` removes the block, and the rest
+///   faults in again), because a Retained window must keep what it does not change.
+/// - **A split keeps the memory type.** Linux's eager split rebuilds leaves from `kvm_pgtable_stage2_pte_prot`, which gives
+///   back rights and software bits alone; it is safe there only because device blocks are never split.
+/// - **Rights rise in place** over a valid leaf, where `kvm_pgtable_stage2_map` answers -EAGAIN and writes nothing.
+/// - **What is absent stays absent in `change_pte`.** Linux's arm64 callback was a map of one page, read-only
+///   (`kvm_set_spte_gfn`, before that `kvm_set_spte_hva`, calling `kvm_pgtable_stage2_map` with `KVM_PGTABLE_PROT_R` and no
+///   memory cache). Where the last-level table was still there, kept by a neighbour, that *installed* the page, although
+///   commit c13fda237f08 says that the callback "maps" only what was found: what was found was the table, not a leaf. Where
+///   the table was gone too it did nothing (-ENOMEM); where a live leaf had the same page it did nothing either, and left it
+///   writable (-EAGAIN); where a live block covered the page, it left the block, with the old page (-ENOMEM).
 #[derive(Debug, Clone)]
 pub struct Stage2 {
     options: Stage2Options,
@@ -426,7 +428,7 @@ impl Format for Stage2 {
         }
     }
 
-    /// What `change_pte` reaches (Linux, until v6.9: `kvm_set_spte_gfn`; see the [module](self) for what that did).
+    /// What `change_pte` reaches (Linux, until v6.9: `kvm_set_spte_gfn`; see [`Stage2`] for what that did).
     ///
     /// The leaf points at `output`; S2AP\[1\], DBM and upgradable are clear, so that the first write is a fault that asks
     /// the host; memory type, shareability, execute, the user's bit and the access flag stay; dirty is clear.

@@ -17,8 +17,10 @@
 //! # Entries that are not valid
 //! Hardware looks at bit 0 alone. [`ABSENT`] is zero, as in Linux, so that a zeroed page is an empty table. [`CLAIMED`]
 //! and [`DEAD`] differ from it and from each other in four bits at least, and have no bit that hardware or ageing writes
-//! in a valid entry. (Linux writes `KVM_INVALID_PTE_LOCKED` while it breaks before it makes; that is CLAIMED.) Everything
-//! else is an annotation: [`Owner`] is this crate's, and any other is left alone as somebody else's.
+//! in a valid entry. Everything else is an annotation: [`Owner`] is this crate's, and any other is left alone as somebody
+//! else's. (What Linux writes while it breaks before it makes, and what CLAIMED is here, is 1 in bits 63:60 of recent
+//! kernels, `KVM_INVALID_PTE_TYPE_LOCKED`: such an annotation. Earlier it was bit 10 alone, `KVM_INVALID_PTE_LOCKED`, which is the
+//! place of AF here, and reads as nothing.)
 
 use spte_core::format::Kind;
 

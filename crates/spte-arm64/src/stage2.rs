@@ -393,7 +393,8 @@ impl Format for Stage2 {
         Ok(self.layout.put(child) | TYPE | VALID)
     }
 
-    /// A leaf (Linux: `stage2_set_prot_attr`, `kvm_init_valid_leaf_pte`). Each of the eight sets of rights can be had.
+    /// A leaf (Linux: `stage2_set_prot_attr`, `kvm_init_valid_leaf_pte`). Each of the eight sets of rights can be had, of
+    /// devices too: that a guest should not execute from one is the caller's to see to.
     fn leaf(&self, level: Level, spec: &LeafSpec<Stage2Attrs>) -> Result<u64, FormatError> {
         let output = self.check_leaf(level, spec.output)?;
         let raw = self.layout.put(output) | VALID | self.attr_bits(spec.attrs)?;

@@ -82,6 +82,10 @@ pub enum Tlbi {
 pub const VMID_ROLLOVER: [Step; 4] =
     [Step::Barrier(Barrier::InnerStores), Step::Invalidate(Tlbi::Everything), Step::Barrier(Barrier::Inner), Step::Isb];
 
+/// After an install, before the processor that faulted goes back: the store is seen by every table walk, or the same fault
+/// comes again. (What was invalid is in no TLB, so there is nothing to invalidate.) The last step of break-before-make too.
+pub const INSTALLED: [Step; 1] = [Step::Barrier(Barrier::InnerStores)];
+
 /// After rights were added in place to the leaf at `ipa`: on the processor that took the fault, before it goes back. Others
 /// may fault once more for nothing (Linux: `__kvm_tlb_flush_vmid_ipa_nsh`).
 pub fn relaxed(format: &Stage2, features: TlbFeatures, ipa: u64, level: Level) -> [Step; 6] {

@@ -276,7 +276,7 @@ fn an_invalid_entry_is_never_interpreted() {
             assert_eq!(format.hardware_kind(level(number), raw), HardwareKind::NotValid);
         }
     }
-    // Linux's own annotations: an owner in 9:2, the lock of break-before-make in bit 10 or in 63:60.
+    // Linux's own annotations: an owner in 9:2, the lock of break-before-make in 63:60.
     assert_eq!(format.kind(L3, 1 << 2), Kind::Special);
     assert_eq!(format.kind(L3, 1 << 60), Kind::Special);
     assert_eq!(Owner::from_raw(1 << 60), None);

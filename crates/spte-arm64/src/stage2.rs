@@ -359,7 +359,8 @@ impl Format for Stage2 {
     }
 
     /// AF, which ageing clears even where hardware does not set it; S2AP\[1\] where hardware records writes in it; and the
-    /// dirty fact, which stands in for it: two leaves that differ in these say the same but for facts.
+    /// dirty fact, which stands in for it: two leaves that differ in these say the same but for facts. Hardware changes an
+    /// entry in one atomic step and only while it is valid, so that no fact comes after the entry was taken away.
     fn hardware_bits(&self) -> u64 {
         ACCESS_FLAG | DIRTY_FACT | if self.options.accessed_dirty.sets_dirty() { WRITE } else { 0 }
     }

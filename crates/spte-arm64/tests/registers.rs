@@ -92,6 +92,12 @@ fn vttbr_holds_root_and_vmid() {
     let vttbr = Vttbr::new(&wide, root, 0xffff, VmidBits::Sixteen).unwrap();
     assert_eq!(vttbr.raw(), 0xffff_0000_0001_007c);
     assert_eq!(vttbr.root(&wide), root);
+    // So is a root of two, which is smaller.
+    let start = Start::Level(0);
+    let small = stage2(Stage2Options { ipa_bits: 40, physical_bits: 52, lpa2: true, start, ..of(Granule::K4) });
+    let root = OutputAddr::new(0x1_0020);
+    let refused = Vttbr::new(&small, root, 0, VmidBits::Eight);
+    assert_eq!(refused, Err(RegisterError::Unaligned { root, align: 64 }));
 }
 
 fn range(start: u64, len: u64, leaf: Option<Level>, links: bool) -> FlushRange {

@@ -30,6 +30,18 @@ use super::{
 /// Pages that the first fault on any of them maps together: what one leaf table of the format spans.
 const BLOCK: usize = 512;
 
+/// What all guests of a run have in common.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Run<'r> {
+    pub(crate) images: &'r Arc<Images>,
+    pub(crate) store: &'r Arc<Store>,
+    pub(crate) tally: &'r Arc<Tally>,
+    pub(crate) safety: Safety,
+    pub(crate) pace: Pace,
+    /// Filling RAM ends when this is set.
+    pub(crate) interrupt: &'r AtomicBool,
+}
+
 /// One guest.
 #[derive(Debug)]
 pub(crate) struct Guest {
@@ -54,14 +66,10 @@ impl Guest {
     /// A guest whose RAM, made by `home` for so many pages, holds the images in the order of `layout`.
     pub(crate) fn new(
         home: impl FnOnce(&Space, usize) -> Result<Home, Error>,
-        images: &Arc<Images>,
         layout: &[u32],
-        store: &Arc<Store>,
-        tally: &Arc<Tally>,
-        safety: Safety,
-        pace: Pace,
-        interrupt: &AtomicBool,
+        run: &Run<'_>,
     ) -> Result<Self, Error> {
+        let &Run { images, store, tally, safety, pace, interrupt } = run;
         let pages = layout.len();
         let written = DirtyLog::new(pages);
         let space = Space::builder().dirty_sink(written.clone()).build();

@@ -22,7 +22,7 @@ use super::{
     damage::Checking,
     device,
     error::Error,
-    guest::Guest,
+    guest::{Guest, Run},
     home::Home,
     images::Images,
     mapped::{Mapped, RamKind},
@@ -82,9 +82,11 @@ impl Job {
                 Ok(Home::Mapped(Box::new(mapped)))
             }
         };
+        let safety = options.safety();
+        let common = Run { images: &images, store: &store, tally: &tally, safety, pace, interrupt };
         let guest = |number: u32| {
             let layout = images.layout(options.seed.wrapping_mul(64).wrapping_add(u64::from(number)));
-            let guest = Guest::new(home, &images, &layout, &store, &tally, options.safety(), pace, interrupt)?;
+            let guest = Guest::new(home, &layout, &common)?;
             // Devices of a real guest may reach all of its RAM before it runs.
             if chosen == Chosen::Kvm {
                 guest.prefetch_all()?;

@@ -20,7 +20,7 @@ use super::{
     cli::{MergeMode, Options, Safety},
     clock::thread_cpu,
     error::Error,
-    guest::Guest,
+    guest::{Guest, Run},
     home::Home,
     images::Images,
     mapped::{Mapped, RamKind},
@@ -145,7 +145,9 @@ pub fn merge_quietly(options: &Options, ram: Ram, interrupt: &AtomicBool) -> Res
             Ok(Home::Mapped(Box::new(mapped)))
         };
         let pace = Pace::new(options.guests, options.pages());
-        let guest = Guest::new(home, &images, &layout, &store, &tally, Safety::Safe, pace, interrupt)?;
+        let safety = Safety::Safe;
+        let common = Run { images: &images, store: &store, tally: &tally, safety, pace, interrupt };
+        let guest = Guest::new(home, &layout, &common)?;
         guest.prefetch_all()?;
         stills.push(Still::new(guest.home.memory(), &images, layout)?);
         guests.push(guest);

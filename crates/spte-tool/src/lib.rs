@@ -14,8 +14,8 @@
 //! A format is one module like `x86`, which says in a [`format::ToolFormat`] what the engine does not ask: names of fields, masks,
 //! memory types, the flushes it owes; and one arm in [`setup`]'s two matches. Nothing else changes.
 //!
-//! What commands print is compared by machine, and never changes. What is not said in the contract is in the crate's
-//! README, under "Where the contract is silent".
+//! What commands print is compared by machine, and never changes. `tests/rules.rs` has its fourteen rules, each with the
+//! bytes that it asks for; what they leave open is in the crate's README, under "In detail".
 #![forbid(unsafe_code)]
 
 pub mod answer;

@@ -210,10 +210,15 @@ impl Mapped {
                     continue;
                 }
                 // Whether they are what they were, or show their frames, or (the kernel took away and did not give) neither:
-                // the contents are the frames'.
+                // the contents are the frames', and they stay at home until a later pass. What they show is not asked: RAM
+                // that is at home in a file shows a file's page in any case.
                 Err(error) => {
                     self.tally.host_failures.add(1);
                     self.refill(&error, first + index, frame)?;
+                    for at in index..index + count {
+                        result[at] = self.uncover(window, first + at)?;
+                    }
+                    continue;
                 }
             }
             let fenced =
@@ -336,19 +341,27 @@ mod tests {
     /// RAM and a store of equal contents, page by page, on a host that does `at_register` when something that was mapped
     /// over is about to be fenced again.
     fn merging(at_register: impl Fn(&GuestMemoryMmap<()>) + Send + Sync + 'static) -> Option<(Space, Mapped)> {
+        on_host(RamKind::Anonymous, move |call, memory| {
+            if call == Call::Register {
+                at_register(memory);
+            }
+            Ok(())
+        })
+    }
+
+    /// The same in RAM of either kind, on a host that does `hook` before each call, once there is RAM.
+    fn on_host(
+        kind: RamKind,
+        hook: impl Fn(Call, &GuestMemoryMmap<()>) -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> Option<(Space, Mapped)> {
         let memory = Arc::new(OnceLock::<GuestMemoryMmap<()>>::new());
         let kernel = Kernel::with_hook({
             let memory = Arc::clone(&memory);
-            move |call| {
-                if let (Call::Register, Some(memory)) = (call, memory.get()) {
-                    at_register(memory);
-                }
-                Ok(())
-            }
+            move |call| memory.get().map_or(Ok(()), |memory| hook(call, memory))
         });
         let store = Arc::new(MemoryFile::new("store", (PAGES * PAGE) as u64).unwrap());
         let (space, tally) = (Space::new(), Arc::new(Tally::default()));
-        let made = Mapped::new(&space, PAGES, RamKind::Anonymous, &store, &kernel, Safety::Safe, &tally);
+        let made = Mapped::new(&space, PAGES, kind, &store, &kernel, Safety::Safe, &tally);
         let mapped = match made {
             Err(Error::Fence(FenceError::Register(RegisterError::Missing(missing)))) => {
                 println!("not tested: {missing}");
@@ -390,6 +403,28 @@ mod tests {
         mapped.memory().write_obj(78_u8, GuestAddress(PAGE as u64)).unwrap();
         mapped.store.write(PAGE as u64, &[0; PAGE]).unwrap();
         assert_eq!((byte(PAGE), byte(PAGE + 6), byte(2 * PAGE)), (78, 2, 3));
+    }
+
+    #[test]
+    fn what_could_not_be_mapped_over_is_at_home_in_ram_of_each_kind() {
+        for kind in [RamKind::Anonymous, RamKind::SharedFile] {
+            let refused = |call, _: &_| match call {
+                Call::MapFile => Err(std::io::Error::from_raw_os_error(12)),
+                _ => Ok(()),
+            };
+            let Some((space, mapped)) = on_host(kind, refused) else { return };
+            let before = mapped.resident().unwrap();
+            let home = [Merge::Home, Merge::Home, Merge::NotAsked, Merge::Home];
+            assert_eq!(cover(&space, &mapped), home, "{kind:?}");
+            assert_eq!(mapped.resident().unwrap(), before, "{kind:?}");
+            // Nobody waits there, and the store's frames are nobody's.
+            for page in 0..PAGES {
+                mapped.store.write((page * PAGE) as u64, &[0; PAGE]).unwrap();
+                mapped.memory().write_obj(9_u8, GuestAddress((page * PAGE) as u64)).unwrap();
+                let bytes: [u8; 2] = mapped.memory().read_obj(GuestAddress((page * PAGE) as u64)).unwrap();
+                assert_eq!(bytes, [9, page as u8 + 1], "{kind:?}");
+            }
+        }
     }
 
     #[test]

@@ -169,21 +169,19 @@ impl Guest {
         let window = self.space.window(self.host_range(page, 1)?).leases(LeasePolicy::Cancel).open_zapped()?;
         {
             let mut places = self.mapping.lock(page);
-            // Another vCPU may have been here first.
-            let place = self.mapping.place(page);
-            if place == Place::Home {
-                // Whoever waits, waits for nothing any more.
-                self.home.let_go(page, 1)?;
-            }
-            if let Place::Merged(frame) = place {
-                let left = self.home.take_back(&window, page, frame, &self.store)?;
-                places.set(page, Place::Home);
-                // A frame that the host may still show the guest is never filled with anything else.
-                if left {
-                    self.store.leave(frame)?;
+            match self.mapping.place(page) {
+                // Another vCPU has been here first. Whoever waits, waits for nothing any more.
+                Place::Home => self.home.let_go(page, 1)?,
+                Place::Merged(frame) => {
+                    let left = self.home.take_back(&window, page, frame, &self.store)?;
+                    places.set(page, Place::Home);
+                    // A frame that the host may still show the guest is never filled with anything else.
+                    if left {
+                        self.store.leave(frame)?;
+                    }
+                    self.tally.unmerged.add(1);
+                    self.written.dirty(self.guest_range(page, 1)?);
                 }
-                self.tally.unmerged.add(1);
-                self.written.dirty(self.guest_range(page, 1)?);
             }
         }
         Ok(window.close()?)

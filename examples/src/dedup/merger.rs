@@ -216,14 +216,8 @@ impl<'j> Merger<'j> {
     /// Merges some batches; returns those that somebody was in the way of.
     fn merge_all<'b>(&mut self, batches: &'b [Batch]) -> Result<Vec<&'b Batch>, Error> {
         let mut in_the_way = Vec::new();
+        let mapped = matches!(self.guests[0].home, Home::Mapped(_));
         match self.safety {
-            Safety::Safe => {
-                for batch in batches {
-                    if self.merge(batch, None)? == Done::InTheWay {
-                        in_the_way.push(batch);
-                    }
-                }
-            }
             // What a careless VMM writes: everything is compared first, "for it takes long", and the windows are opened
             // when it is known what to do. Whoever wrote in between wrote for nothing.
             Safety::NoFence => {
@@ -234,21 +228,21 @@ impl<'j> Merger<'j> {
                     }
                 }
             }
-            // What another one writes: no window at all. The tables still lead to the home that is given back. (Behind a
-            // mapping a translation to the home stays good. There it is the un-merges that nobody is told of.)
-            Safety::NoNotify if matches!(self.guests[0].home, Home::Mapped(_)) => {
-                for batch in batches {
-                    if self.merge(batch, None)? == Done::InTheWay {
-                        in_the_way.push(batch);
-                    }
-                }
-            }
-            Safety::NoNotify => {
+            // What another one writes: no window at all. The tables still lead to the home that is given back.
+            Safety::NoNotify if !mapped => {
                 for batch in batches {
                     let frames = self.compare(batch)?;
                     let moved: Vec<bool> = frames.iter().map(Option::is_some).collect();
                     let mut places = self.guests[batch.guest].mapping.lock(batch.first);
                     self.move_pages(batch, &frames, &moved, &mut places)?;
+                }
+            }
+            // Behind a mapping a translation to the home stays good. There it is the un-merges that nobody is told of.
+            Safety::Safe | Safety::NoNotify => {
+                for batch in batches {
+                    if self.merge(batch, None)? == Done::InTheWay {
+                        in_the_way.push(batch);
+                    }
                 }
             }
         }

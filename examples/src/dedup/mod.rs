@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `dedup`: identical pages of running guests are merged, and repointed through `change_pte`.
 //!
-//! Guests are threads (vCPUs and devices) that reach their memory only by walking their guest's EPT-format table. A
-//! merger looks for pages of equal contents in all guests, keeps one copy in a *store* and gives the others' memory
-//! back to the host, while the guests run, write and check what they read.
+//! Guests are threads (vCPUs and devices) that reach their memory only by walking their guest's EPT-format table; or their
+//! vCPUs are on KVM, and devices walk the table. A merger looks for pages of equal contents in all guests, keeps one copy in a
+//! *store* and gives the others' memory back to the host, while the guests run, write and check what they read.
 //!
 //! ```text
-//!   vcpu, device      walk the table inside a scope; fault
+//!   vcpu, device      what agents do: read, write, check; make transfers
+//!   access, native    how they reach memory: walking the table inside a scope; on KVM, and as the VMM
 //!   guest             space, table, slots: what belongs to one guest
-//!   mapping           where each page's contents are: its home frame, or a frame of the store
+//!   mapping           where each page's contents are: its home, or a frame of the store
+//!   home, mapped      home memory, behind the table or behind a mapping: what a merge does to it
 //!   merger            finds equal pages, opens a window, compares, repoints, gives memory back
 //!   store, memory     frames: memory files, their blocks
-//!   ledger            what each page must read, written down beside the memory by whoever writes
+//!   ledger, damage    what each page must read, written down beside the memory by whoever writes; and what does not
+//!   job, quiet        runs: with guests that work, and with guests that stand still
 //! ```
 //!
 //! The contents of a page are at its home until they are *merged* into a frame of the store, and there until a write

@@ -215,8 +215,8 @@ impl Mapped {
                 Err(error) => {
                     self.tally.host_failures.add(1);
                     self.refill(&error, first + index, frame)?;
-                    for at in index..index + count {
-                        result[at] = self.uncover(window, first + at)?;
+                    for (page, became) in (first + index..).zip(&mut result[index..index + count]) {
+                        *became = self.uncover(window, page)?;
                     }
                     continue;
                 }

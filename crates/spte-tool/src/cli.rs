@@ -40,6 +40,10 @@ Examples:
   An entry that no processor takes:
   $ spte decode --format ept --level 1 0x5002
 
+  A guest page of an arm64 host, and a block of its 64K granule:
+  $ spte decode --format arm64-s2 --level 3 0x4000008000177f
+  $ spte decode --format arm64-s2 --granule 64k --level 2 0x00400000400007fd
+
   The bits that dumps print:
   $ spte decode --mask --format x86-64";
 
@@ -47,6 +51,7 @@ const RUN_EXAMPLES: &str = "\
 Examples:
   $ printf 'map 0 0x10000000 4m rwx page=2m\\ntouch 0x1234 w\\ndirty 0 4m\\ndump\\n' | spte run --format npt
   $ printf 'map 0x1000 0x5000 8k rwx\\nwrprotect 0x1000 8k\\ntouch 0x2000 w\\ndirty 0 1m\\n' | spte run --format ept --json
+  $ printf 'map 0x2000000 0x6000000 32m rw page=32m\\nwalk 0x2000000\\nflushes\\n' | spte run --format arm64-s2 --granule 16k
 
 Commands, one a line; # begins a comment; sizes may be 4k 2m 1g 1t; PERM is a subset of rwx, or -:
   map GPA PA SIZE PERM [page=4k|16k|64k|2m|32m|512m|1g|max] [mem=wb|uc|wc|wt]
@@ -60,7 +65,12 @@ Examples:
   $ printf '\\007\\020' | cat - /dev/zero | head -c 8192 >table.img
   $ spte dump --format ept --root 0 table.img
 
-  The same as memory that begins at 4G has it: the link leads out of the image now.
+  The root of an arm64 guest with 40 bits is two tables of 4K side by side; the second has a block here:
+  $ printf '\\375\\007' | dd of=stage2.img bs=1 seek=4096 2>/dev/null
+  $ head -c 4094 /dev/zero >>stage2.img
+  $ spte dump --format arm64-s2 --root 0 stage2.img
+
+  The first image as memory that begins at 4G has it: the link leads out of the image now.
   $ spte dump --format ept --root 0x100000000 --base 0x100000000 --json table.img || true";
 
 const COMPLETIONS_EXAMPLES: &str = "\
@@ -100,19 +110,20 @@ struct SetupArgs {
     /// The format of the table
     #[arg(long)]
     format: FormatName,
-    /// The smallest page; x86 has 4k
+    /// The smallest page; x86 has 4k [default: 4k]
     #[arg(long)]
     granule: Option<Granule>,
-    /// Bits of a guest physical address [default: 48, x86-64-la57: 57]
+    /// Bits of a guest physical address [default: 48, x86-64-la57: 57, arm64-s2: 40]
     #[arg(long, value_name = "N")]
     ipa_bits: Option<u32>,
-    /// Bits of an output address [default: 52]
+    /// Bits of an output address [default: 52, arm64-s2: 48]
     #[arg(long, value_name = "N")]
     pa_bits: Option<u32>,
-    /// Levels of an x86 table, 4 or 5 [default: 4, or 5 where the guest's addresses need them]
+    /// Levels of the table: of x86 4 or 5 [default: 4, or 5 where the guest's addresses need them], of arm64-s2 2 to 5
+    /// [default: as few as 16 tables side by side at the root allow, but 2]
     #[arg(long, value_name = "N")]
     levels: Option<u8>,
-    /// Hardware sets accessed and dirty [default: on]
+    /// Hardware sets accessed and dirty [default: on, arm64-s2: off]
     #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     hw_ad: Option<Switch>,
 }

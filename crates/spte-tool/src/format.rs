@@ -6,7 +6,7 @@
 
 use notifier_core::OutputAddr;
 use spte_core::FlushRequest;
-use spte_core::format::{EntryError, Format, Level};
+use spte_core::format::{EntryError, Format, Kind, Level};
 
 use crate::script::Mem;
 
@@ -42,6 +42,16 @@ pub enum Reading {
     Leaf,
 }
 
+impl Reading {
+    /// `words`, unless the entry is impossible: that comes first.
+    pub(crate) fn summary(&self, words: String) -> String {
+        match self {
+            Self::Impossible(_) => format!("impossible: {words}"),
+            _ => words,
+        }
+    }
+}
+
 /// One field of an entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Field {
@@ -70,8 +80,17 @@ pub struct Explanation {
     pub software: Option<EntryError>,
 }
 
+impl Explanation {
+    /// Of an entry that `words` describe.
+    pub(crate) fn new(reading: Reading, words: String, fields: Vec<Field>, software: Option<EntryError>) -> Self {
+        // What hardware refuses is said once.
+        let software = software.filter(|_| !matches!(reading, Reading::Impossible(_)));
+        Self { reading, summary: reading.summary(words), fields, software }
+    }
+}
+
 /// A format as the `spte` command sees it.
-pub trait ToolFormat: Format {
+pub trait ToolFormat: Format + Clone {
     /// The attributes of an installed leaf of this memory type; `None` where the format has no such type.
     fn attrs(&self, mem: Mem) -> Option<Self::Attrs>;
 
@@ -86,7 +105,7 @@ pub trait ToolFormat: Format {
     fn explain(&self, level: Level, raw: u64) -> Explanation;
 
     /// Names the operations that hardware is asked for to carry out a flush, and how many of each.
-    fn asks(request: &FlushRequest<'_>, ask: &mut dyn FnMut(&'static str, u64));
+    fn asks(&self, request: &FlushRequest<'_>, ask: &mut dyn FnMut(&'static str, u64));
 
     /// The entry as a dump prints it.
     fn masked(&self, level: Level, raw: u64) -> u64 {
@@ -178,5 +197,22 @@ pub(crate) fn size_word(bytes: u64) -> String {
         shift if shift >= 20 => format!("{}m", bytes >> 20),
         shift if shift >= 10 => format!("{}k", bytes >> 10),
         _ => bytes.to_string(),
+    }
+}
+
+/// Rights as the script has them.
+pub(crate) fn rights(read: bool, write: bool, execute: bool) -> String {
+    let letters = [(read, 'r'), (write, 'w'), (execute, 'x')];
+    let text: String = letters.into_iter().filter(|(has, _)| *has).map(|(_, letter)| letter).collect();
+    if text.is_empty() { "-".into() } else { text }
+}
+
+/// What an entry that holds nothing is.
+pub(crate) fn nothing(kind: Kind) -> Option<&'static str> {
+    match kind {
+        Kind::Absent => Some("not present: nothing is here"),
+        Kind::Claimed => Some("not present: claimed by an operation that is deciding what goes here"),
+        Kind::Dead => Some("not present: an entry of a table that was unlinked"),
+        Kind::Special | Kind::Table(_) | Kind::Leaf => None,
     }
 }

@@ -9,12 +9,11 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::fmt;
-use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use notifier_core::{
     Access, AddrRange, Change, ChangeError, CloseError, Extent, FaultError, Gpa, GpaRange, JoinError, OpenError,
-    Outcome, OutputAddr, RangeError, ResolveError, Space, Subscription, Walker,
+    Outcome, OutputAddr, PageSizeError, RangeError, ResolveError, Space, Subscription, Walker,
 };
 use spte_core::format::{FormatError, Kind, LeafSpec, Level, Touch as Touched};
 use spte_core::{
@@ -41,6 +40,9 @@ pub enum MachineError {
     /// The table would have more than [`MAX_LEAVES`]. Nothing was done.
     #[error("more than {MAX_LEAVES} leaves")]
     TooManyLeaves,
+    /// The granule is no page size.
+    #[error(transparent)]
+    Page(#[from] PageSizeError),
     /// No table could be made.
     #[error(transparent)]
     Table(#[from] TableError),
@@ -105,13 +107,13 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The hardware: it counts what it is asked for.
 struct Counter<F> {
     asked: Asked,
-    format: PhantomData<fn() -> F>,
+    format: F,
 }
 
 impl<F: ToolFormat> Flush for Counter<F> {
     fn flush(&self, request: &FlushRequest<'_>) -> Result<(), FlushError> {
         let mut asked = locked(&self.asked);
-        F::asks(request, &mut |name, count| *asked.entry(name).or_default() += count);
+        self.format.asks(request, &mut |name, count| *asked.entry(name).or_default() += count);
         Ok(())
     }
 }
@@ -171,14 +173,14 @@ impl<F: ToolFormat> Machine<F> {
     /// An empty table.
     ///
     /// # Errors
-    /// [`MachineError::Table`], [`MachineError::Join`].
+    /// [`MachineError::Page`], [`MachineError::Table`], [`MachineError::Join`].
     pub fn new(format: F, limits: Limits, hw_ad: bool) -> Result<Self, MachineError> {
         let heard = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&heard);
         let asked = Asked::default();
-        let builder = Space::builder().private_reclaim();
+        let builder = Space::builder().private_reclaim().page_size(limits.granule)?;
         let space = builder.dirty_sink(move |range: GpaRange| locked(&sink).push(range)).build();
-        let counter = Counter { asked: Arc::clone(&asked), format: PhantomData };
+        let counter = Counter { asked: Arc::clone(&asked), format: format.clone() };
         let table = Table::new(&space, format, Arc::new(HeapPages::new()), counter)?;
         let subscription = Some(space.subscribe(Arc::clone(&table))?);
         let walker = space.walker();

@@ -3,7 +3,8 @@
 
 use std::fmt;
 
-use spte_x86::{Ept, EptOptions, Levels, LongMode, LongModeOptions, Npt, OptionsError};
+use spte_arm64::{AccessedDirty, Granule, Stage2, Stage2Options, Start};
+use spte_x86::{Ept, EptOptions, Levels, LongMode, LongModeOptions, Npt};
 use thiserror::Error;
 
 use crate::format::ToolFormat;
@@ -67,6 +68,9 @@ impl fmt::Display for FormatName {
 /// The most physical address bits that an x86 entry holds.
 const X86_WIDEST: u8 = 52;
 
+/// The most address bits, guest's or physical, of arm64 stage 2.
+const ARM64_WIDEST: u8 = 52;
+
 /// Options that make no table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -117,9 +121,22 @@ pub enum SetupError {
         /// The most there can be.
         most: u32,
     },
-    /// The format's own reason.
+    /// No table of the format translates so many bits.
+    #[error("{bits} guest address bits are not within {least} to {most}")]
+    GuestBits {
+        /// The bits asked for.
+        bits: u32,
+        /// The fewest there can be.
+        least: u32,
+        /// The most there can be.
+        most: u32,
+    },
+    /// An x86 format's own reason.
     #[error(transparent)]
-    X86(#[from] OptionsError),
+    X86(#[from] spte_x86::OptionsError),
+    /// arm64 stage 2's own reason.
+    #[error(transparent)]
+    Arm64(#[from] spte_arm64::OptionsError),
 }
 
 /// Options as they are given. What is `None` is the format's default.
@@ -167,9 +184,8 @@ impl Setup {
             FormatName::Ept | FormatName::Npt | FormatName::X86_64 | FormatName::X86_64La57 => {
                 Self::x86(format, options)
             }
-            FormatName::Arm64Stage2 | FormatName::PpcRadix | FormatName::PpcHpt | FormatName::Mips64 => {
-                Err(SetupError::NotBuilt { format })
-            }
+            FormatName::Arm64Stage2 => Self::arm64(options),
+            FormatName::PpcRadix | FormatName::PpcHpt | FormatName::Mips64 => Err(SetupError::NotBuilt { format }),
         }
     }
 
@@ -194,6 +210,53 @@ impl Setup {
             return Err(SetupError::PaBits { bits: pa_bits, least, most });
         }
         Ok(Self { format, granule, ipa_bits, pa_bits, levels, hw_ad: options.hw_ad.unwrap_or(true) })
+    }
+
+    fn arm64(options: &Options) -> Result<Self, SetupError> {
+        let format = FormatName::Arm64Stage2;
+        let granule = options.granule.unwrap_or(4 << 10);
+        if Granule::from_bytes(granule).is_none() {
+            return Err(SetupError::Granule { format, granule });
+        }
+        let (least, most) = (32, ARM64_WIDEST.into());
+        let (ipa_bits, pa_bits) = (options.ipa_bits.unwrap_or(40), options.pa_bits.unwrap_or(48));
+        if ipa_bits < least || ipa_bits > most {
+            return Err(SetupError::GuestBits { bits: ipa_bits, least, most });
+        }
+        if pa_bits < least || pa_bits > most {
+            return Err(SetupError::PaBits { bits: pa_bits, least, most });
+        }
+        if let Some(levels) = options.levels.filter(|levels| !(1..=5).contains(levels)) {
+            return Err(SetupError::Levels { format, levels });
+        }
+        let hw_ad = options.hw_ad.unwrap_or(false);
+        let setup = Self { format, granule, ipa_bits, pa_bits, levels: options.levels.unwrap_or(0), hw_ad };
+        // What is left is the format's to say; and how many levels it takes.
+        let start = Stage2::new(setup.stage2(true))?.start_level();
+        Ok(Self { levels: 4_u8.saturating_add_signed(-start), ..setup })
+    }
+
+    /// The machine that the options say, or the `widest` that has its descriptors.
+    fn stage2(&self, widest: bool) -> Stage2Options {
+        let granule = Granule::from_bytes(self.granule).unwrap_or_default();
+        // Beyond 48 bits, on either side, descriptors are others: LPA2's, or the 64K granule's for 52 bits.
+        let wide = self.ipa_bits > 48 || self.pa_bits > 48;
+        let lpa2 = wide && granule != Granule::K64;
+        // Both at most 52, as checked.
+        let physical_bits = match wide {
+            true if widest || self.pa_bits <= 48 && !lpa2 => ARM64_WIDEST,
+            false if widest => 48,
+            _ => self.pa_bits as u8,
+        };
+        let start = match self.levels {
+            0 => Start::FewestLevels,
+            levels => Start::Level(4_i8.saturating_sub_unsigned(levels)),
+        };
+        let accessed_dirty = if self.hw_ad { AccessedDirty::Hardware } else { AccessedDirty::Software };
+        // Every machine since Armv8.2 reads XN in two bits; a table made here never needs the second.
+        let xnx = !widest;
+        let ipa_bits = self.ipa_bits as u8;
+        Stage2Options { granule, ipa_bits, physical_bits, lpa2, start, accessed_dirty, xnx, ..Stage2Options::default() }
     }
 
     /// The format.
@@ -243,6 +306,7 @@ impl Setup {
             FormatName::Ept | FormatName::Npt | FormatName::X86_64 | FormatName::X86_64La57 => {
                 self.lend_x86(widest, user)
             }
+            FormatName::Arm64Stage2 => Ok(user.with(Stage2::new(self.stage2(widest))?)),
             format => Err(SetupError::NotBuilt { format }),
         }
     }

@@ -6,7 +6,7 @@
 
 use notifier_core::OutputAddr;
 use spte_core::FlushRequest;
-use spte_core::format::{EntryError, Format, Kind, Level};
+use spte_core::format::{Format, Level};
 use spte_x86::bits::{ADDRESS, PAGE_SIZE, ept, long_mode};
 use spte_x86::software::{self, AccessedDirty, CLAIM, MMU_PRESENT};
 use spte_x86::{
@@ -14,7 +14,7 @@ use spte_x86::{
     PatSelector, Usage, WriteState,
 };
 
-use crate::format::{Explanation, Field, Fields, Form, Reading, ToolFormat, size_word};
+use crate::format::{Explanation, Fields, Form, Reading, ToolFormat, nothing, rights, size_word};
 use crate::script::Mem;
 
 impl From<HardwareKind> for Reading {
@@ -44,12 +44,6 @@ fn has(format: &impl Format, level: Level, form: Form) -> bool {
 /// Where the address of a leaf begins: what is below is reserved.
 fn address_low(format: &impl Format, level: Level) -> u32 {
     u32::from(format.geometry().level(level).shift)
-}
-
-fn rights(read: bool, write: bool, execute: bool) -> String {
-    let letters = [(read, 'r'), (write, 'w'), (execute, 'x')];
-    let text: String = letters.into_iter().filter(|(has, _)| *has).map(|(_, letter)| letter).collect();
-    if text.is_empty() { "-".into() } else { text }
 }
 
 fn write_state(state: Option<WriteState>) -> &'static str {
@@ -84,29 +78,12 @@ fn address_field(fields: &mut Fields, low: u32, what: &'static str) {
     fields.range(51, low, what, |value| address(value << low));
 }
 
-/// What an entry that holds nothing is.
-fn nothing(kind: Kind) -> Option<&'static str> {
-    match kind {
-        Kind::Absent => Some("not present: nothing is here"),
-        Kind::Claimed => Some("not present: claimed by an operation that is deciding what goes here"),
-        Kind::Dead => Some("not present: an entry of a table that was unlinked"),
-        Kind::Special | Kind::Table(_) | Kind::Leaf => None,
-    }
-}
-
 fn mmio_words(entry: &spte_x86::MmioEntry) -> String {
     format!(
         "an MMIO marker for {:#x}, generation {}: every access is meant to fault",
         entry.gpa.as_u64(),
         entry.generation.get()
     )
-}
-
-fn summary(reading: &Reading, words: String) -> String {
-    match reading {
-        Reading::Impossible(_) => format!("impossible: {words}"),
-        _ => words,
-    }
 }
 
 impl ToolFormat for Ept {
@@ -149,7 +126,7 @@ impl ToolFormat for Ept {
             return Explanation { reading, summary: words.into(), fields: fields.rest(0), software: None };
         }
         if let Some(entry) = self.mmio().decode(raw) {
-            let words = summary(&reading, mmio_words(&entry));
+            let words = reading.summary(mmio_words(&entry));
             return Explanation { reading, summary: words, fields: fields.rest(0), software: None };
         }
         let form = form(level, raw);
@@ -219,19 +196,13 @@ impl ToolFormat for Ept {
             }
         };
         let software = if marked { self.as_written(raw).check(level, raw & !CLAIM).err() } else { None };
-        explanation(reading, words, fields, software)
+        Explanation::new(reading, words, fields, software)
     }
 
     /// Processors have no flush of one guest address: every flush is one `invept` of the table's context.
-    fn asks(_: &FlushRequest<'_>, ask: &mut dyn FnMut(&'static str, u64)) {
+    fn asks(&self, _: &FlushRequest<'_>, ask: &mut dyn FnMut(&'static str, u64)) {
         ask("invept", 1);
     }
-}
-
-fn explanation(reading: Reading, words: String, fields: Vec<Field>, software: Option<EntryError>) -> Explanation {
-    // What hardware refuses is said once.
-    let software = software.filter(|_| !matches!(reading, Reading::Impossible(_)));
-    Explanation { reading, summary: summary(&reading, words), fields, software }
 }
 
 /// What the entry itself says of the table it lies in.
@@ -291,7 +262,7 @@ impl<U: Usage> ToolFormat for LongModeFormat<U> {
             return Explanation { reading, summary: words.into(), fields: fields.rest(0), software: None };
         }
         if let Some(entry) = self.mmio().and_then(|layout| layout.decode(raw)) {
-            let words = summary(&reading, mmio_words(&entry));
+            let words = reading.summary(mmio_words(&entry));
             return Explanation { reading, summary: words, fields: fields.rest(0), software: None };
         }
         let form = form(level, raw);
@@ -359,12 +330,12 @@ impl<U: Usage> ToolFormat for LongModeFormat<U> {
             }
         };
         let software = if marked { self.check(level, raw & !CLAIM).err() } else { None };
-        explanation(reading, words, fields, software)
+        Explanation::new(reading, words, fields, software)
     }
 
     /// Nested tables: every flush is one of the guest's ASID. Ordinary ones: `invlpg` for up to 33 pages, which also drops
     /// cached links; more are one load of CR3.
-    fn asks(request: &FlushRequest<'_>, ask: &mut dyn FnMut(&'static str, u64)) {
+    fn asks(&self, request: &FlushRequest<'_>, ask: &mut dyn FnMut(&'static str, u64)) {
         const MOST_PAGES: u64 = 33;
         if U::NESTED {
             return ask("asid", 1);

@@ -58,6 +58,8 @@ pub enum Twin {
     RetireFrees,
     /// A collapse forgets the facts that the leaves gathered while they were claimed.
     CollapseForgetsFacts,
+    /// An entry that was taken away is filled again whether its flush is complete or not.
+    RefillUnflushed,
 }
 
 #[cfg(loom)]

@@ -542,6 +542,11 @@ impl Format for Stage2 {
         self.change(level, old, new, true)
     }
 
+    /// A TLB that still has the old translation when the new one is made holds both: break-before-make is break, flush, make.
+    fn flushes_before_refill(&self) -> bool {
+        true
+    }
+
     fn check(&self, level: Level, raw: u64) -> Result<(), EntryError> {
         self.check_entry(level, raw)
     }

@@ -12,10 +12,17 @@
 //!   flush that begins after the walk covers every removal that the walk saw.
 //! - A flush that fails leaves its batch counted, and the pages it unlinked in limbo: the next full flush that succeeds
 //!   settles both. A batch that is leaked stays counted for good.
+//! - In a format that [must flush before it refills](Format::flushes_before_refill), whoever fills an absent entry looks at
+//!   the count while it holds the entry's claim ([`Table::settle_refill`]), and if anybody owes anything flushes the entry's span
+//!   itself. What stood there before was taken away by a store that the claim has read, directly or through the claims
+//!   and removals between: so the removal's counting is seen, or its counting down, which orders its flush before the look.
+//!   A flush that failed, or is still to come, holds nobody up for longer than one flush of one entry, and nobody waits for
+//!   another's batch; scopes are not waited for, because software walkers mix nothing.
 //! - Unlinked pages are handed to the epoch after the flush, never before; dirty facts go to the sink after it, so that what
 //!   the sink copies is what was written.
 //!
-//! Model: `owed_flush_inherited`; its twin flushes only what it removed itself.
+//! Models: `owed_flush_inherited`, whose twin flushes only what it removed itself; `refill_after_flush`, whose twin fills
+//! without a look at the count.
 
 use alloc::vec::Vec;
 
@@ -242,6 +249,26 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
             table.whole().into_iter().for_each(|range| table.collect_late(range));
         } else {
             self.ranges.iter().for_each(|flush| table.collect_late(flush.range));
+        }
+    }
+}
+
+impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
+    /// For the holder of the claim of `cell`, which is not present: sees to it that nothing of what stood there before is
+    /// in a TLB, where the format asks for that.
+    pub(crate) fn settle_refill(&self, cell: &Cell<'_>) -> Result<(), FlushFailed> {
+        if !self.format.flushes_before_refill() || broken(Twin::RefillUnflushed) {
+            return Ok(());
+        }
+        // Acquire: a count that has gone down orders the flush that it stood for before our publishing.
+        if self.owed.open.load(Ordering::Acquire) == 0 {
+            return Ok(());
+        }
+        // What stood there may have been a leaf, a link, or both, one after the other.
+        match AddrRange::with_len(Gpa::new(cell.start), cell.span) {
+            Ok(range) => self.flush_hardware(&[FlushRange { range, leaf: None, links: true }], false, false),
+            // The last bytes of the address space are in no range.
+            Err(_) => self.flush_hardware(&[], true, false),
         }
     }
 }

@@ -394,6 +394,13 @@ pub trait Format: Send + Sync + 'static {
         self.transition(level, old, new)
     }
 
+    /// Whether an entry that was taken away has to be flushed before anything else is made in its place: where a processor
+    /// may not be shown two translations of one address, not even one after the other. Who fills an absent entry then
+    /// flushes its span first, if anybody owes a flush.
+    fn flushes_before_refill(&self) -> bool {
+        false
+    }
+
     /// Whether hardware may still write facts into an entry after it was replaced, until the flush: the engine then
     /// reads them again after it. In such a format every change that takes a leaf away, a split included, owes a flush.
     fn late_facts(&self) -> bool {

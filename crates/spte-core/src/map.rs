@@ -371,6 +371,11 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         };
         // ---- claimed: nothing from here to the end of the claim allocates, calls, locks or faults ----
         let Some(claim) = cell.claim(format, raw) else { return Ok(false) };
+        // (But for a flush, where the format must have one before it refills.)
+        if let Err(source) = self.settle_refill(cell) {
+            claim.give_back(format);
+            return Err(MapError::Flush { at, source });
+        }
         if let Err(refused) = self.admitted(admission, part) {
             claim.give_back(format);
             return Err(self.refused(admission, refused, part));

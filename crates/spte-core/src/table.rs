@@ -294,11 +294,20 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
 
     /// Asks the hardware, then waits for the scopes of software walkers.
     pub(crate) fn flush_now(&self, ranges: &[FlushRange], all: bool, nonblocking: bool) -> Result<(), FlushFailed> {
-        let request = FlushRequest { ranges: if all { &[] } else { ranges }, all, nonblocking };
-        // Claims may be held across this: a panic must not pass them.
-        caught(|| self.flush.flush(&request)).unwrap_or(Err(FlushError::Panicked))?;
+        self.flush_hardware(ranges, all, nonblocking)?;
         self.space.wait_for_scopes(nonblocking)?;
         Ok(())
+    }
+
+    /// Asks the hardware alone. Claims may be held across this: a panic does not pass them.
+    pub(crate) fn flush_hardware(
+        &self,
+        ranges: &[FlushRange],
+        all: bool,
+        nonblocking: bool,
+    ) -> Result<(), FlushFailed> {
+        let request = FlushRequest { ranges: if all { &[] } else { ranges }, all, nonblocking };
+        caught(|| self.flush.flush(&request)).unwrap_or(Err(FlushError::Panicked)).map_err(FlushFailed::from)
     }
 
     /// Frees unlinked and flushed pages once nobody can be looking at them.

@@ -24,6 +24,7 @@
 //! | `owed_flush_inherited`, Zapped | `Batch`; `unmap`, opening | `OwedForgotten` | `no_tlb_translates_inside_a_zapped_window` | 3 231 |
 //! | `owed_flush_inherited`, Retained | `Batch`; `restrict`, opening | `OwedForgotten` | `no_tlb_writes_inside_a_retained_window` | 3 231 |
 //! | `owed_flush_inherited`, change_pte | `Batch`; `unmap`, `change_pte` | `OwedForgotten` | `no_tlb_translates_to_the_old_page` | 7 668 |
+//! | `refill_after_flush` | `unmap`; `Table::settle_refill`, `fill_absent` | `RefillUnflushed` | `no_tlb_holds_the_old_translation_beside_the_new_one` | 294 |
 //! | `scope_entry_against_flush`, Zapped and change_pte | `Walker::enter`, `translate`; `wait_for_scopes` | `ScopeFence`, `FlushSkipsScopes` | `no_scope_reads_a_released_page` | 252 each |
 //! | `collapse_against_window`, with a claim bit | `collapse_cell`; opening, `zap_range`, `split_cell` | `ZapSkipsClaim` | `nothing_is_mapped_inside_a_zapped_window` | 243 245 |
 //! | `collapse_against_window`, without | the same, and `collapse_broken` | `ZapSkipsClaim` | `nothing_is_mapped_inside_a_zapped_window` | 483 252 |

@@ -353,6 +353,10 @@ impl Format for Tiny {
         self.late
     }
 
+    fn flushes_before_refill(&self) -> bool {
+        self.breaks()
+    }
+
     fn check(&self, level: Level, raw: u64) -> Result<(), EntryError> {
         let bad = |rule, bits| Err(EntryError { raw, number: self.level_number(level), rule, bits });
         match self.kind(level, raw) {

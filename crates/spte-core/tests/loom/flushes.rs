@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use loom::sync::atomic::{AtomicU64, Ordering};
 use notifier_core::{Access, Change, Outcome, Space, primitive::Twin};
-use spte_core::{Flush, FlushError, FlushRequest, HeapPages};
+use spte_core::{Flush, FlushError, FlushRequest, HeapPages, MapOptions};
 
 use crate::{
-    harness::{Gate, Model, NEW, OLD, World, page, pages, saw},
+    harness::{Gate, Model, NEW, OLD, World, fault_in, page, pages, saw},
     tiny::Tiny,
 };
 
@@ -134,6 +134,44 @@ fn owed_flush_inherited() {
     Model { name: "owed_flush_inherited, change_pte", run: repointed, preemptions: None }
         .holds(&["absent", "changed"])
         .refuted_without(Twin::OwedForgotten, "no_tlb_translates_to_the_old_page");
+}
+
+/// One thread unmaps a page; another finds it unmapped and maps something else there, perhaps before the flush.
+fn refilled() {
+    let tlb = Tlb::filled();
+    let space = Space::builder().no_reclaim().build();
+    let world = World::with(space, Tiny::flat_that_breaks(), Arc::new(HeapPages::new()), tlb.clone());
+    let mut walker = world.space.walker();
+    world.map(&mut walker, pages(0, 1), Access::RW, false);
+    let world = Arc::new(world);
+    let gate = Gate::new();
+    let remover = gate.spawn({
+        let world = Arc::clone(&world);
+        move || {
+            world.table.unmap(pages(0, 1)).unwrap();
+        }
+    });
+    let filler = gate.spawn({
+        let world = Arc::clone(&world);
+        move || {
+            let options = MapOptions::default().only_absent(true);
+            let mapped = fault_in(&world.table, &mut walker, pages(0, 1), Access::RW, &options, || NEW).unwrap();
+            // Whatever the TLB holds now it may hold together with the new translation.
+            (mapped.is_ok_and(|mapped| mapped.made == 1), tlb.is_empty())
+        }
+    });
+    remover.join().unwrap();
+    let (filled, empty) = filler.join().unwrap();
+    World::end(world);
+    saw(if filled { "filled" } else { "found it mapped" });
+    assert!(!filled || empty, "no_tlb_holds_the_old_translation_beside_the_new_one");
+}
+
+#[test]
+fn refill_after_flush() {
+    Model { name: "refill_after_flush", run: refilled, preemptions: None }
+        .holds(&["filled", "found it mapped"])
+        .refuted_without(Twin::RefillUnflushed, "no_tlb_holds_the_old_translation_beside_the_new_one");
 }
 
 /// What the guest wrote, and what the page's next owner does.

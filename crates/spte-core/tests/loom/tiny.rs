@@ -28,11 +28,13 @@ const DEAD: u64 = 2;
 pub(crate) struct Tiny {
     geometry: Geometry,
     claim_bit: u64,
+    /// What was taken away is flushed before anything is made in its place.
+    flushes_before_refill: bool,
 }
 
 impl Tiny {
     fn new(levels: &[LevelShape], claim_bit: u64) -> Self {
-        Self { geometry: Geometry::new(levels).unwrap(), claim_bit }
+        Self { geometry: Geometry::new(levels).unwrap(), claim_bit, flushes_before_refill: false }
     }
 
     /// A root with two leaves. Present entries are claimed by a bit.
@@ -43,6 +45,11 @@ impl Tiny {
     /// A root with two leaves. A claim makes a present entry transiently absent.
     pub(crate) fn flat_without_claim_bit() -> Self {
         Self { claim_bit: 0, ..Self::flat() }
+    }
+
+    /// As [`Tiny::flat`], of a processor that must not be shown two translations of one address.
+    pub(crate) fn flat_that_breaks() -> Self {
+        Self { flushes_before_refill: true, ..Self::flat() }
     }
 
     /// A root with two links, to tables of two leaves.
@@ -229,6 +236,10 @@ impl Format for Tiny {
         let gained = leaf && rights(new).contains(rights(old)) && Self::output(old) == Self::output(new);
         let armed = new & ARMED & !old != 0;
         if present && (!gained || armed) { Transition::FLUSH } else { Transition::FREE }
+    }
+
+    fn flushes_before_refill(&self) -> bool {
+        self.flushes_before_refill
     }
 
     fn check(&self, _: Level, _: u64) -> Result<(), EntryError> {

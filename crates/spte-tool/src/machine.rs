@@ -323,9 +323,12 @@ impl<F: ToolFormat> Machine<F> {
         self.room_for(places * tables.map(|level| geometry.entries(level) as u64).sum::<u64>())
     }
 
+    /// What of `range` is mapped becomes leaves of the granule; what sticks out is cut off.
     fn room_to_split(&mut self, range: Range) -> Result<(), MachineError> {
         let granule = self.limits.granule;
-        let added = self.leaves_in(range)?.iter().map(|(_, size)| size / granule - 1).sum();
+        let inside = |(start, size): &(u64, u64)| (start + size).min(range.end()) - (*start).max(range.gpa);
+        let added = self.leaves_in(range)?.iter().map(|leaf| inside(leaf) / granule - 1).sum();
+        self.cutting(2)?;
         self.room_for(added)
     }
 

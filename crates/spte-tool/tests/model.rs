@@ -9,68 +9,141 @@ use common::spte;
 use proptest::prelude::*;
 use spte_model::{Access, Leaf, MemType, Model, Op, Outcome, PageChoice, Shape};
 
+/// What entries look like.
+#[derive(Clone, Copy)]
+enum Bits {
+    Ept,
+    /// NPT and long mode.
+    LongMode,
+    /// arm64 stage 2.
+    Stage2 {
+        /// Hardware records writes: DBM.
+        hw_ad: bool,
+        /// Descriptors for addresses of more than 48 bits.
+        wide: bool,
+    },
+}
+
 /// A format, as options of the command and as what the model has to know.
 struct Case {
     options: &'static str,
     shape: Shape,
-    ept: bool,
-    top: u8,
+    bits: Bits,
+    /// How many levels there are.
+    levels: u32,
 }
 
 impl Case {
     /// The leaf as a dump prints it, dirty left out.
     fn raw(&self, leaf: &Leaf) -> u64 {
         let has = |right: Access, bit: u64| if leaf.access.contains(right) { bit } else { 0 };
-        let write = if leaf.writable() { 2 } else { 0 };
         let size = if leaf.size > 4096 { 0x80 } else { 0 };
-        if self.ept {
-            let mem = match leaf.mem {
-                MemType::Uc => 0,
-                MemType::Wc => 1,
-                MemType::Wt => 4,
-                MemType::Wb => 6,
-            };
-            let accessed = if leaf.accessed { 0x100 } else { 0 };
-            leaf.out | has(Access::R, 1) | write | has(Access::X, 4) | mem << 3 | 0x40 | size | accessed
-        } else {
-            let mem = match leaf.mem {
-                MemType::Wb => 0,
-                MemType::Wt => 0x8,
-                MemType::Uc => 0x18,
-                MemType::Wc => unreachable!("refused"),
-            };
-            let accessed = if leaf.accessed { 0x20 } else { 0 };
-            let execute = if leaf.access.contains(Access::X) { 0 } else { 1 << 63 };
-            leaf.out | 1 | write | 4 | mem | size | accessed | execute
+        let write = if leaf.writable() { 2 } else { 0 };
+        match self.bits {
+            Bits::Ept => {
+                let mem = match leaf.mem {
+                    MemType::Uc => 0,
+                    MemType::Wc => 1,
+                    MemType::Wt => 4,
+                    MemType::Wb => 6,
+                };
+                let accessed = if leaf.accessed { 0x100 } else { 0 };
+                leaf.out | has(Access::R, 1) | write | has(Access::X, 4) | mem << 3 | 0x40 | size | accessed
+            }
+            Bits::LongMode => {
+                let mem = match leaf.mem {
+                    MemType::Wb => 0,
+                    MemType::Wt => 0x8,
+                    MemType::Uc => 0x18,
+                    MemType::Wc => unreachable!("refused"),
+                };
+                let accessed = if leaf.accessed { 0x20 } else { 0 };
+                let execute = if leaf.access.contains(Access::X) { 0 } else { 1 << 63 };
+                leaf.out | 1 | write | 4 | mem | size | accessed | execute
+            }
+            Bits::Stage2 { hw_ad, wide } => {
+                let mem = match leaf.mem {
+                    MemType::Uc => 1,
+                    MemType::Wc => 5,
+                    MemType::Wt => 10,
+                    MemType::Wb => 15,
+                };
+                let page = if leaf.size == self.shape.granule() { 2 } else { 0 };
+                let write = match (leaf.writable(), hw_ad) {
+                    (false, _) => 0,
+                    (true, false) => 0x80,
+                    (true, true) => 1 << 51,
+                };
+                let accessed = if leaf.accessed { 0x400 } else { 0 };
+                let execute = if leaf.access.contains(Access::X) { 0 } else { 1 << 54 };
+                let (output, shareability) = match (wide, self.shape.granule()) {
+                    (false, _) => (leaf.out, 0x300),
+                    (true, 0x1_0000) => (leaf.out & 0xffff_ffff_ffff | leaf.out >> 48 << 12, 0x300),
+                    // Shareability is VTCR_EL2's.
+                    (true, _) => (leaf.out & 0x3_ffff_ffff_ffff | leaf.out >> 50 << 8, 0),
+                };
+                output | 1 | page | mem << 2 | has(Access::R, 0x40) | write | shareability | accessed | execute
+            }
         }
     }
 
     fn dirty_bit(&self) -> u64 {
-        if self.ept { 0x200 } else { 0x40 }
+        match self.bits {
+            Bits::Ept => 0x200,
+            Bits::LongMode => 0x40,
+            Bits::Stage2 { hw_ad: true, .. } => 0x80,
+            // Who may write has written, for all that the entry says.
+            Bits::Stage2 { hw_ad: false, .. } => 0,
+        }
     }
 
-    fn level(size: u64) -> u8 {
-        match size {
-            0x1000 => 1,
-            0x20_0000 => 2,
-            _ => 3,
+    fn link(&self) -> u64 {
+        match self.bits {
+            Bits::Ept => 0x107,
+            Bits::LongMode => 0x27,
+            Bits::Stage2 { .. } => 3,
         }
+    }
+
+    fn is_leaf(&self, level: &str, raw: u64) -> bool {
+        match self.bits {
+            Bits::Ept | Bits::LongMode => level == "L1" || raw & 0x80 != 0,
+            Bits::Stage2 { .. } => level == "L3" || raw & 2 == 0,
+        }
+    }
+
+    /// log2 of what an entry spans, `n` levels up from the smallest pages, which are 1.
+    fn shift(&self, n: u32) -> u32 {
+        let granule = self.shape.granule().trailing_zeros();
+        granule + (granule - 3) * (n - 1)
+    }
+
+    /// The architecture's number of that level.
+    fn number(&self, n: u32) -> i64 {
+        match self.bits {
+            Bits::Ept | Bits::LongMode => n.into(),
+            Bits::Stage2 { .. } => 4 - i64::from(n),
+        }
+    }
+
+    fn level(&self, size: u64) -> u32 {
+        (1..).find(|n| self.shift(*n) == size.trailing_zeros()).unwrap()
     }
 
     /// What `dump` prints, dirty of leaves apart: each table on the way to a leaf once, then the leaf.
     fn dump(&self, model: &Model) -> Vec<String> {
-        let link: u64 = if self.ept { 0x107 } else { 0x27 };
+        let link = self.link();
         let mut rows = Vec::new();
         let mut last = None;
         for (gpa, leaf) in model.leaves() {
-            let level = Self::level(leaf.size);
-            for above in (level + 1..=self.top).rev() {
-                let shift = 12 + 9 * u32::from(above - 1);
+            let level = self.level(leaf.size);
+            for above in (level + 1..=self.levels).rev() {
+                let shift = self.shift(above);
                 if last.is_none_or(|last: u64| last >> shift != gpa >> shift) {
-                    rows.push(format!("L{above} {:#x} {link:016x}", gpa >> shift << shift));
+                    rows.push(format!("L{} {:#x} {link:016x}", self.number(above), gpa >> shift << shift));
                 }
             }
-            rows.push(format!("L{level} {gpa:#x} {:016x}", self.raw(leaf)));
+            rows.push(format!("L{} {gpa:#x} {:016x}", self.number(level), self.raw(leaf)));
             last = Some(gpa);
         }
         rows.push(format!("end {}", rows.len()));
@@ -84,7 +157,7 @@ impl Case {
             let [level, gpa, raw] = words[..] else { return String::from(*row) };
             let number = u64::from_str_radix(raw, 16).unwrap();
             let start = u64::from_str_radix(&gpa[2..], 16).unwrap();
-            let leaf = level == "L1" || number & 0x80 != 0;
+            let leaf = self.is_leaf(level, number);
             if leaf && number & self.dirty_bit() != 0 {
                 assert!(model.leaf(start).unwrap().1.dirty, "{row}");
             }
@@ -132,12 +205,12 @@ impl Case {
                 Outcome::Walk { leaf } => {
                     let [.., row, end] = answer[..] else { panic!("{op}: {answer:?}") };
                     assert_eq!(end, format!("end {}", answer.len() - 1));
-                    assert!(answer[0].starts_with(&format!("L{} ", self.top)), "{op}: {answer:?}");
+                    assert!(answer[0].starts_with(&format!("L{} ", self.number(self.levels))), "{op}: {answer:?}");
                     let words: Vec<&str> = row.split(' ').collect();
                     match leaf {
                         None => assert_eq!(words[2], "0000000000000000", "{op}"),
                         Some((gpa, leaf)) => {
-                            let place = [format!("L{}", Self::level(leaf.size)), format!("{gpa:#x}")];
+                            let place = [format!("L{}", self.number(self.level(leaf.size))), format!("{gpa:#x}")];
                             assert_eq!(words[..2], place, "{op}");
                             let raw = u64::from_str_radix(words[2], 16).unwrap();
                             assert_eq!(raw & !self.dirty_bit(), self.raw(&leaf), "{op}");
@@ -154,40 +227,69 @@ impl Case {
     }
 }
 
-/// Where nothing else is said, as many cases as CI has time for; `PROPTEST_CASES` for more.
-fn check(case: &Case) {
+/// Where nothing else is said, as many cases as CI has time for, or one in `part` of them; `PROPTEST_CASES` for more.
+fn check(case: &Case, part: u32) {
     let strategy = spte_model::strategy::ops(&case.shape, 0..100);
-    proptest!(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }, |(ops in strategy)| {
+    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
+    let config = ProptestConfig { cases: config.cases.div_ceil(part), ..config };
+    proptest!(config, |(ops in strategy)| {
         case.agrees(&ops);
     });
 }
 
 macro_rules! compare {
-    ($name:ident, $options:expr, $shape:expr, $ept:expr, $top:expr) => {
-        #[test]
-        fn $name() {
-            check(&Case { options: $options, shape: $shape, ept: $ept, top: $top });
-        }
+    ($($name:ident $(, one in $part:literal)?: $options:expr, $shape:expr, $bits:expr, $levels:expr;)*) => {
+        $(
+            #[test]
+            fn $name() {
+                let case = Case { options: $options, shape: $shape, bits: $bits, levels: $levels };
+                check(&case, 1 $(* $part)?);
+            }
+        )*
     };
 }
 
-compare!(ept_answers_as_the_model, "ept", Shape::ept(), true, 4);
-compare!(ept_without_hardware_ad_answers_as_the_model, "ept --hw-ad=off", Shape::ept().with_hw_ad(false), true, 4);
-compare!(
-    ept_of_five_levels_answers_as_the_model,
-    "ept --levels 5 --ipa-bits 52 --pa-bits 46",
-    Shape::ept().with_bits(52, 46).unwrap(),
-    true,
-    5
-);
-compare!(npt_answers_as_the_model, "npt", Shape::npt(), false, 4);
-compare!(npt_without_hardware_ad_answers_as_the_model, "npt --hw-ad=off", Shape::npt().with_hw_ad(false), false, 4);
-compare!(
-    narrow_npt_answers_as_the_model,
-    "npt --ipa-bits 32 --pa-bits 32",
-    Shape::npt().with_bits(32, 32).unwrap(),
-    false,
-    4
-);
-compare!(x86_64_answers_as_the_model, "x86-64", Shape::x86_64(), false, 4);
-compare!(la57_answers_as_the_model, "x86-64-la57", Shape::x86_64_la57(), false, 5);
+/// Stage 2 with these leaf sizes and address widths.
+fn stage2(sizes: &[u64], ipa_bits: u32, pa_bits: u32) -> Shape {
+    Shape::new(sizes, ipa_bits, pa_bits).unwrap()
+}
+
+const K: u64 = 1 << 10;
+const M: u64 = 1 << 20;
+const G: u64 = 1 << 30;
+const SOFTWARE: Bits = Bits::Stage2 { hw_ad: false, wide: false };
+const HARDWARE: Bits = Bits::Stage2 { hw_ad: true, wide: false };
+
+compare! {
+    ept_answers_as_the_model: "ept", Shape::ept(), Bits::Ept, 4;
+    ept_without_hardware_ad_answers_as_the_model: "ept --hw-ad=off", Shape::ept().with_hw_ad(false), Bits::Ept, 4;
+    ept_of_five_levels_answers_as_the_model:
+        "ept --levels 5 --ipa-bits 52 --pa-bits 46", Shape::ept().with_bits(52, 46).unwrap(), Bits::Ept, 5;
+    npt_answers_as_the_model: "npt", Shape::npt(), Bits::LongMode, 4;
+    npt_without_hardware_ad_answers_as_the_model: "npt --hw-ad=off", Shape::npt().with_hw_ad(false), Bits::LongMode, 4;
+    narrow_npt_answers_as_the_model:
+        "npt --ipa-bits 32 --pa-bits 32", Shape::npt().with_bits(32, 32).unwrap(), Bits::LongMode, 4;
+    x86_64_answers_as_the_model: "x86-64", Shape::x86_64(), Bits::LongMode, 4;
+    la57_answers_as_the_model: "x86-64-la57", Shape::x86_64_la57(), Bits::LongMode, 5;
+    arm64_answers_as_the_model: "arm64-s2", stage2(&[4 * K, 2 * M, G], 40, 48), SOFTWARE, 3;
+    arm64_with_hardware_ad_answers_as_the_model:
+        "arm64-s2 --hw-ad", stage2(&[4 * K, 2 * M, G], 40, 48).with_hw_ad(true), HARDWARE, 3;
+    arm64_of_four_levels_answers_as_the_model, one in 2:
+        "arm64-s2 --ipa-bits 48 --pa-bits 44", stage2(&[4 * K, 2 * M, G], 48, 44), SOFTWARE, 4;
+    arm64_of_16k_answers_as_the_model, one in 2: "arm64-s2 --granule 16k", stage2(&[16 * K, 32 * M], 40, 48), SOFTWARE, 2;
+    arm64_of_16k_with_hardware_ad_answers_as_the_model, one in 2:
+        "arm64-s2 --granule 16k --ipa-bits 47 --hw-ad", stage2(&[16 * K, 32 * M], 47, 48).with_hw_ad(true), HARDWARE, 3;
+    arm64_of_64k_answers_as_the_model, one in 2:
+        "arm64-s2 --granule 64k --ipa-bits 44", stage2(&[64 * K, 512 * M], 44, 48), SOFTWARE, 2;
+    arm64_of_64k_with_hardware_ad_answers_as_the_model, one in 2:
+        "arm64-s2 --granule 64k --hw-ad", stage2(&[64 * K, 512 * M], 40, 48).with_hw_ad(true), HARDWARE, 2;
+    wide_arm64_answers_as_the_model, one in 8:
+        "arm64-s2 --ipa-bits 52 --pa-bits 52 --levels 5",
+        stage2(&[4 * K, 2 * M, G, 512 * G], 52, 52), Bits::Stage2 { hw_ad: false, wide: true }, 5;
+    wide_arm64_of_16k_answers_as_the_model, one in 8:
+        "arm64-s2 --granule 16k --ipa-bits 51 --pa-bits 51 --hw-ad",
+        stage2(&[16 * K, 32 * M, 64 * G], 51, 51).with_hw_ad(true), Bits::Stage2 { hw_ad: true, wide: true }, 3;
+    wide_arm64_of_64k_answers_as_the_model, one in 8:
+        "arm64-s2 --granule 64k --ipa-bits 48 --pa-bits 52",
+        stage2(&[64 * K, 512 * M, 4096 * G], 48, 52), Bits::Stage2 { hw_ad: false, wide: true }, 3;
+}

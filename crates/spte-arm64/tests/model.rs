@@ -3,33 +3,24 @@
 //! accessed and dirty, 48 and 52 bits, concatenated roots, breaking before making and not. Layouts with blocks of hundreds of
 //! gigabytes get fewer sequences: a leaf of theirs can become millions.
 
-#[path = "common/driver.rs"]
-mod driver;
-
-use driver::{Driven, Driver, agree};
 use proptest::prelude::*;
 use spte_arm64::{AccessedDirty, BreakLevel, Granule, MemoryType, Stage2, Stage2Attrs, Stage2Options};
-use spte_core::format::Format;
+use spte_core::Format;
+use spte_drive::{Driven, Driver, agree};
 use spte_model::{MemType, Op, Shape, parse_script};
 
-impl Driven for Stage2 {
-    fn attrs(mem: MemType) -> Option<Stage2Attrs> {
-        let memory = match mem {
-            MemType::Wb => MemoryType::WRITE_BACK,
-            MemType::Uc => MemoryType::DEVICE,
-            MemType::Wc => MemoryType::NON_CACHEABLE,
-            MemType::Wt => MemoryType::WRITE_THROUGH,
-        };
-        Some(Stage2Attrs::default().memory(memory))
-    }
-
-    fn records_writes(&self) -> bool {
-        self.options().accessed_dirty.sets_dirty()
-    }
+fn attrs(mem: MemType) -> Option<Stage2Attrs> {
+    let memory = match mem {
+        MemType::Wb => MemoryType::WRITE_BACK,
+        MemType::Uc => MemoryType::DEVICE,
+        MemType::Wc => MemoryType::NON_CACHEABLE,
+        MemType::Wt => MemoryType::WRITE_THROUGH,
+    };
+    Some(Stage2Attrs::default().memory(memory))
 }
 
 /// The format, and what the model has to know of it, worked out from the manual's sizes rather than from the format.
-fn make(options: Stage2Options) -> (Stage2, Shape) {
+fn make(options: Stage2Options) -> Driven<Stage2> {
     const K: u64 = 1 << 10;
     const M: u64 = 1 << 20;
     const G: u64 = 1 << 30;
@@ -45,7 +36,7 @@ fn make(options: Stage2Options) -> (Stage2, Shape) {
     let shape = shape.with_hw_ad(options.accessed_dirty.sets_dirty());
     let format = Stage2::new(options).unwrap();
     let shape = if options.fwb { shape.with_mem(&[MemType::Wb, MemType::Uc, MemType::Wc]) } else { shape };
-    (format, shape)
+    Driven { format, shape, attrs }
 }
 
 fn options(granule: Granule, accessed_dirty: AccessedDirty) -> Stage2Options {
@@ -57,13 +48,11 @@ macro_rules! compare {
         $(
             #[test]
             fn $name() {
-                let (_, shape) = make($options);
-                let strategy = spte_model::strategy::ops(&shape, 0..200);
+                let strategy = spte_model::strategy::ops(&make($options).shape, 0..=200);
                 let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
                 $(let config = ProptestConfig { cases: config.cases.div_ceil($part), ..config };)?
                 proptest!(config, |(ops in strategy)| {
-                    let (format, shape) = make($options);
-                    agree(format, shape, &ops);
+                    agree(make($options), &ops).map_err(|wrong| TestCaseError::fail(wrong.to_string()))?;
                 });
             }
         )*
@@ -86,16 +75,12 @@ compare! {
     wide_64k_does_as_the_model, one in 16: Stage2Options {
         ipa_bits: 52, physical_bits: 52, ..options(Granule::K64, AccessedDirty::Hardware)
     };
+    forced_write_back_does_as_the_model: Stage2Options {
+        fwb: true, ..options(Granule::K4, AccessedDirty::Hardware)
+    };
     resizing_in_place_does_as_the_model, one in 4: Stage2Options {
         break_level: BreakLevel::Level2, ..options(Granule::K4, AccessedDirty::Hardware)
     };
-}
-
-#[test]
-fn a_type_that_fwb_does_not_have_is_refused() {
-    let (format, _) = make(Stage2Options { fwb: true, ..Stage2Options::default() });
-    let attrs = Stage2::attrs(MemType::Wt).unwrap();
-    assert_eq!(attrs.memory.mem_attr(format.options().fwb), None);
 }
 
 /// Scripts whose leaves are written out: what Linux 6.12's stage-2 code makes of the same operations.
@@ -104,7 +89,7 @@ fn scripts_end_in_the_leaves_that_are_written_down() {
     // What does not depend on anybody's policy: all but software bits, FnXS and DBM.
     const MASK: u64 = 0x0060_ffff_ffff_f7ff;
     let run = |options: Stage2Options, script: &str| {
-        let (_, shape) = make(options);
+        let shape = make(options).shape;
         let ops: Vec<Op> = parse_script(&shape, script)
             .unwrap()
             .into_iter()
@@ -113,15 +98,15 @@ fn scripts_end_in_the_leaves_that_are_written_down() {
                 _ => None,
             })
             .collect();
-        agree(make(options).0, shape.clone(), &ops);
-        let mut driver = Driver::new(make(options).0, shape);
+        agree(make(options), &ops).unwrap();
+        let mut driver = Driver::new(make(options)).unwrap();
         ops.iter().for_each(|op| drop(driver.apply(op).unwrap()));
         let mut rows = Vec::new();
         let bits = options.ipa_bits;
         let whole = notifier_core::AddrRange::with_len(notifier_core::Gpa::new(0), 1 << bits).unwrap();
-        driver.table.visit(whole, |found| {
+        driver.table().visit(whole, |found| {
             if found.kind == spte_core::format::Kind::Leaf {
-                let number = driver.table.format().level_number(found.level);
+                let number = driver.table().format().level_number(found.level);
                 rows.push(format!("L{number} {:#x} {:016x}", found.start.as_u64(), found.raw & MASK));
             }
         });

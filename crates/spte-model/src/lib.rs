@@ -44,7 +44,7 @@ pub mod strategy;
 
 pub use check::{Quantity, Reject};
 pub use extent::{Extent, coalesce};
-pub use model::{Leaf, Logging, MAX_LEAVES, Model};
+pub use model::{Leaf, LeafError, Logging, MAX_LEAVES, Model};
 pub use op::{Access, MemType, Op, PageChoice, TouchKind};
 pub use outcome::{Fault, Outcome};
 pub use script::{Command, ParseError, Script, ScriptError, Why, parse_script};

@@ -11,6 +11,8 @@
 
 use std::collections::BTreeMap;
 
+use thiserror::Error;
+
 use crate::check::Reject;
 use crate::extent::{Extent, coalesce};
 use crate::op::{Access, MemType, Op, PageChoice, TouchKind};
@@ -68,6 +70,31 @@ impl Leaf {
     }
 }
 
+/// Why no table can have a leaf.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum LeafError {
+    /// It is of no leaf size, not aligned to its size on both sides, beyond the address bits, or not behind the one before.
+    #[error("there can be no leaf of {size:#x} bytes at {gpa:#x} to {out:#x}")]
+    Place {
+        /// Where it begins.
+        gpa: u64,
+        /// Its size in bytes.
+        size: u64,
+        /// Where it points.
+        out: u64,
+    },
+    /// The shape does not have its rights or memory type.
+    #[error("there can be no leaf with rights {access} and memory type {mem} at {gpa:#x}")]
+    Attributes {
+        /// Where it begins.
+        gpa: u64,
+        /// Its rights.
+        access: Access,
+        /// Its memory type.
+        mem: MemType,
+    },
+}
+
 /// A secondary page table, as a sequential program sees it.
 #[derive(Clone, Debug)]
 pub struct Model {
@@ -84,6 +111,28 @@ impl Model {
         Model { shape, leaves: BTreeMap::new(), removed: Vec::new() }
     }
 
+    /// A table with these leaves, ascending: what a real one was found with.
+    ///
+    /// # Errors
+    /// [`LeafError`] if no table of this shape can have them.
+    pub fn with_leaves(shape: Shape, leaves: &[(u64, Leaf)]) -> Result<Model, LeafError> {
+        let mut end = 0;
+        for &(gpa, leaf) in leaves {
+            let fits = |start: u64, bits: u32| {
+                start % leaf.size == 0 && start.checked_add(leaf.size).is_some_and(|end| end <= 1 << bits)
+            };
+            let known = shape.leaf_sizes().contains(&leaf.size);
+            if !known || !fits(gpa, shape.gpa_bits()) || !fits(leaf.out, shape.out_bits()) || gpa < end {
+                return Err(LeafError::Place { gpa, size: leaf.size, out: leaf.out });
+            }
+            if !shape.supports(leaf.access) || !shape.mem().contains(&leaf.mem) {
+                return Err(LeafError::Attributes { gpa, access: leaf.access, mem: leaf.mem });
+            }
+            end = gpa + leaf.size;
+        }
+        Ok(Model { shape, leaves: leaves.iter().copied().collect(), removed: Vec::new() })
+    }
+
     /// What this table can do.
     pub fn shape(&self) -> &Shape {
         &self.shape
@@ -92,6 +141,12 @@ impl Model {
     /// Every leaf, ascending, with the guest address where it begins.
     pub fn leaves(&self) -> impl Iterator<Item = (u64, &Leaf)> {
         self.leaves.iter().map(|(&gpa, leaf)| (gpa, leaf))
+    }
+
+    /// Every leaf that has a byte in `start..end`, ascending, with the guest address where it begins.
+    pub fn leaves_in(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, &Leaf)> {
+        let first = self.leaf(start).map_or(start, |(first, _)| first);
+        self.leaves.range(first..end.max(first)).map(|(&gpa, leaf)| (gpa, leaf))
     }
 
     /// The leaf over an address, and where it begins.

@@ -1,69 +1,78 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Every x86 table against the plain sequential truth, operation by operation.
 
-#[path = "common/driver.rs"]
-mod driver;
-
-use driver::{Driven, Driver, agree};
 use proptest::prelude::*;
+use spte_core::Format;
+use spte_drive::{Driven, Driver, agree};
 use spte_model::{MemType, Op, Shape, parse_script};
 use spte_x86::{
-    Ept, EptAttrs, EptMemoryType, EptOptions, Levels, LongMode, LongModeAttrs, LongModeFormat, LongModeOptions,
-    MemoryType, Npt, Pat, Usage,
+    AccessedDirty, Ept, EptAttrs, EptMemoryType, EptOptions, Levels, LongMode, LongModeAttrs, LongModeOptions,
+    MemoryType, Npt, Pat,
 };
 
-impl Driven for Ept {
-    fn attrs(mem: MemType) -> Option<EptAttrs> {
-        let memory_type = match mem {
-            MemType::Wb => EptMemoryType::WriteBack,
-            MemType::Uc => EptMemoryType::Uncacheable,
-            MemType::Wc => EptMemoryType::WriteCombining,
-            MemType::Wt => EptMemoryType::WriteThrough,
-        };
-        Some(EptAttrs { memory_type, ignore_pat: true })
-    }
+fn ept_attrs(mem: MemType) -> Option<EptAttrs> {
+    let memory_type = match mem {
+        MemType::Wb => EptMemoryType::WriteBack,
+        MemType::Uc => EptMemoryType::Uncacheable,
+        MemType::Wc => EptMemoryType::WriteCombining,
+        MemType::Wt => EptMemoryType::WriteThrough,
+    };
+    Some(EptAttrs { memory_type, ignore_pat: true })
 }
 
-impl<U: Usage> Driven for LongModeFormat<U> {
-    fn attrs(mem: MemType) -> Option<LongModeAttrs> {
-        let memory_type = match mem {
-            MemType::Wb => MemoryType::WriteBack,
-            MemType::Uc => MemoryType::Uncacheable,
-            MemType::Wc => MemoryType::WriteCombining,
-            MemType::Wt => MemoryType::WriteThrough,
-        };
-        Some(LongModeAttrs { selector: Pat::RESET.selector(memory_type)?, ..LongModeAttrs::default() })
-    }
+fn long_mode_attrs(mem: MemType) -> Option<LongModeAttrs> {
+    let memory_type = match mem {
+        MemType::Wb => MemoryType::WriteBack,
+        MemType::Uc => MemoryType::Uncacheable,
+        MemType::Wc => MemoryType::WriteCombining,
+        MemType::Wt => MemoryType::WriteThrough,
+    };
+    Some(LongModeAttrs { selector: Pat::RESET.selector(memory_type)?, ..LongModeAttrs::default() })
 }
 
-fn ept(levels: Levels) -> (Ept, Shape) {
+fn ept(levels: Levels, accessed_dirty: AccessedDirty) -> Driven<Ept> {
     let bits = if levels == Levels::Five { 57 } else { 48 };
-    (Ept::new(EptOptions { levels, ..EptOptions::default() }).unwrap(), Shape::ept().with_bits(bits, 52).unwrap())
+    let shape = Shape::ept().with_bits(bits, 52).unwrap().with_hw_ad(accessed_dirty == AccessedDirty::Enabled);
+    let format = Ept::new(EptOptions { levels, accessed_dirty, ..EptOptions::default() }).unwrap();
+    Driven { format, shape, attrs: ept_attrs }
 }
 
-fn long_mode(levels: Levels) -> LongModeOptions {
-    LongModeOptions { levels, ..LongModeOptions::default() }
+fn npt() -> Driven<Npt> {
+    Driven { format: Npt::new(LongModeOptions::default()).unwrap(), shape: Shape::npt(), attrs: long_mode_attrs }
+}
+
+fn long_mode(levels: Levels) -> Driven<LongMode> {
+    let format = LongMode::new(LongModeOptions { levels, ..LongModeOptions::default() }).unwrap();
+    let shape = if levels == Levels::Five { Shape::x86_64_la57() } else { Shape::x86_64() };
+    Driven { format, shape, attrs: long_mode_attrs }
+}
+
+/// Sequences of up to 200 operations; `PROPTEST_CASES` says how many, where not 256.
+fn check<F: Format>(make: impl Fn() -> Driven<F>) {
+    let strategy = spte_model::strategy::ops(&make().shape, 0..=200);
+    proptest!(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }, |(ops in strategy)| {
+        agree(make(), &ops).map_err(|wrong| TestCaseError::fail(wrong.to_string()))?;
+    });
 }
 
 macro_rules! compare {
-    ($name:ident, $make:expr) => {
-        #[test]
-        fn $name() {
-            let (_, shape) = $make;
-            let strategy = spte_model::strategy::ops(&shape, 0..200);
-            proptest!(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }, |(ops in strategy)| {
-                let (format, shape) = $make;
-                agree(format, shape, &ops);
-            });
-        }
+    ($($name:ident: $make:expr;)*) => {
+        $(
+            #[test]
+            fn $name() {
+                check(|| $make);
+            }
+        )*
     };
 }
 
-compare!(ept_of_four_levels_does_as_the_model, ept(Levels::Four));
-compare!(ept_of_five_levels_does_as_the_model, ept(Levels::Five));
-compare!(npt_does_as_the_model, (Npt::new(long_mode(Levels::Four)).unwrap(), Shape::npt()));
-compare!(long_mode_does_as_the_model, (LongMode::new(long_mode(Levels::Four)).unwrap(), Shape::x86_64()));
-compare!(la57_does_as_the_model, (LongMode::new(long_mode(Levels::Five)).unwrap(), Shape::x86_64_la57()));
+compare! {
+    ept_of_four_levels_does_as_the_model: ept(Levels::Four, AccessedDirty::Enabled);
+    ept_of_five_levels_does_as_the_model: ept(Levels::Five, AccessedDirty::Enabled);
+    npt_does_as_the_model: npt();
+    long_mode_does_as_the_model: long_mode(Levels::Four);
+    la57_does_as_the_model: long_mode(Levels::Five);
+}
 
 /// Scripts whose answers are written out: what Linux's TDP MMU makes of the same operations.
 #[test]
@@ -71,7 +80,8 @@ fn scripts_end_in_the_leaves_that_are_written_down() {
     // Mask of the entry bits that do not depend on anybody's policy.
     let mask = |level: u8| if level == 1 { 0x000f_ffff_ffff_f17f } else { 0x000f_ffff_ffff_f1ff };
     let run = |script: &str| {
-        let (format, shape) = ept(Levels::Four);
+        let make = || ept(Levels::Four, AccessedDirty::Enabled);
+        let shape = make().shape;
         let ops: Vec<Op> = parse_script(&shape, script)
             .unwrap()
             .into_iter()
@@ -80,12 +90,12 @@ fn scripts_end_in_the_leaves_that_are_written_down() {
                 _ => None,
             })
             .collect();
-        agree(format, shape.clone(), &ops);
-        let mut driver = Driver::new(ept(Levels::Four).0, shape);
+        agree(make(), &ops).unwrap();
+        let mut driver = Driver::new(make()).unwrap();
         ops.iter().for_each(|op| drop(driver.apply(op).unwrap()));
         let mut rows = Vec::new();
         let whole = notifier_core::AddrRange::with_len(notifier_core::Gpa::new(0), 1 << 48).unwrap();
-        driver.table.visit(whole, |found| {
+        driver.table().visit(whole, |found| {
             if found.kind == spte_core::format::Kind::Leaf {
                 let level = found.level.get();
                 rows.push(format!("L{level} {:#x} {:016x}", found.start.as_u64(), found.raw & mask(level)));

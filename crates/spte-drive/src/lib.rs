@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A real table beside the plain sequential truth.
+//!
+//! `spte-model` says what a table must answer; `spte-core` is a table. This crate puts one operation after the other to both
+//! and compares, so that property tests of every format, fuzz targets and tests that run out of memory need one driver and
+//! not one each. It knows no format: [`Driven`] is what it has to be told of one.
+//!
+//! - [`Driver`] carries an [`Op`](spte_model::Op) out on a [`Table`](spte_core::Table) as a small VMM would: faults that
+//!   resolve, dirty logging, windows, harvests.
+//! - [`Pair`] is a driver and a model. [`Pair::step`] applies an operation to both and compares the answers, the leaves,
+//!   what was reported of what is gone, and every raw entry with the format's own rules.
+//! - [`ScarcePages`] is a page source that runs out when it is told to. What an operation leaves that found no page is
+//!   compared too: nothing may be there that was neither there before nor asked for, and nothing may be lost.
+//! - [`agree`] runs a whole sequence.
+//!
+//! Nothing here panics on any input, whatever the table does: what is wrong comes back as a [`Disagreement`].
+#![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod bytes;
+mod driver;
+mod pages;
+mod pair;
+
+pub use driver::{DriveError, Driven, Driver, Wrong};
+pub use pages::ScarcePages;
+pub use pair::{Disagreement, Pair, Step, Why, agree};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Operations out of arbitrary bytes, for fuzzers and property tests.
+//! Operations out of arbitrary bytes, and bytes out of operations, for fuzzers and property tests.
 //!
 //! Each eight bytes are one operation, so that cutting, copying and splicing input cuts, copies and
 //! splices operations. Each byte of a word decides one thing, and zero is always the plainest choice.
@@ -7,16 +7,133 @@
 //! meet; outputs mostly keep step with guest addresses, so that large leaves are possible and
 //! neighbours merge. About one operation in sixteen is malformed. No operation makes or breaks up
 //! more than a few thousand leaves, so that sequences stay fast.
+//!
+//! A word whose first byte is 0xff is followed by words with an operation's numbers as they are (little endian), so that
+//! a sequence that somebody wrote down can be a seed: see [`Op::encode`]. The kind of operation says how many follow.
 
 use crate::op::{Access, MemType, Op, PageChoice, TouchKind};
 use crate::shape::Shape;
 
+/// The first byte of a word whose operation's numbers follow it.
+const LITERAL: u8 = 0xff;
+
 impl Op {
-    /// Decodes operations that are interesting on tables of this shape. A rest of less than eight
-    /// bytes is ignored.
+    /// Decodes operations that are interesting on tables of this shape. Any bytes will do; a rest of less than eight is
+    /// ignored.
     pub fn decode(shape: &Shape, bytes: &[u8]) -> Vec<Op> {
-        let words = bytes.chunks_exact(8);
-        words.filter_map(|word| Some(Op::from_word(shape, word.try_into().ok()?))).collect()
+        let mut words = bytes.chunks_exact(8).filter_map(|word| <[u8; 8]>::try_from(word).ok());
+        let mut ops = Vec::new();
+        while let Some(word) = words.next() {
+            ops.push(match word[0] {
+                LITERAL => Op::from_literal(shape, word, || words.next().map_or(0, u64::from_le_bytes)),
+                _ => Op::from_word(shape, word),
+            });
+        }
+        ops
+    }
+
+    /// Bytes that [`Op::decode`] makes these operations of, for any shape; only a size that would make more leaves than
+    /// decoded operations do comes back smaller.
+    pub fn encode(ops: &[Op]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for op in ops {
+            let (kind, numbers) = op.to_literal();
+            bytes.extend(kind);
+            numbers.into_iter().flatten().for_each(|number| bytes.extend(number.to_le_bytes()));
+        }
+        bytes
+    }
+
+    /// What follows [`LITERAL`]: the kind of operation; its rights, or its kind of touch; which leaf sizes; the memory
+    /// type. Then the numbers.
+    fn to_literal(self) -> ([u8; 8], [Option<u64>; 4]) {
+        let mut access = Access::NONE;
+        let (mut pages, mut memory) = (0, 0);
+        let (kind, numbers) = match self {
+            Op::Map { gpa, out, size, access: rights, page, mem } => {
+                access = rights;
+                memory = index(&MemType::ALL, &mem);
+                let bytes = match page {
+                    PageChoice::Granule => None,
+                    PageChoice::Max => {
+                        pages = 1;
+                        None
+                    }
+                    PageChoice::Size(bytes) => {
+                        pages = 2;
+                        Some(bytes)
+                    }
+                };
+                (0, [Some(gpa), Some(out), Some(size), bytes])
+            }
+            Op::Unmap { gpa, size } => (1, [Some(gpa), Some(size), None, None]),
+            Op::Protect { gpa, size, access: rights } => {
+                access = rights;
+                (2, [Some(gpa), Some(size), None, None])
+            }
+            Op::WriteProtect { gpa, size } => (3, [Some(gpa), Some(size), None, None]),
+            Op::Touch { gpa, kind } => {
+                access = kind.needs();
+                (4, [Some(gpa), None, None, None])
+            }
+            Op::Age { gpa, size } => (5, [Some(gpa), Some(size), None, None]),
+            Op::Dirty { gpa, size } => (6, [Some(gpa), Some(size), None, None]),
+            Op::Change { gpa, out } => (7, [Some(gpa), Some(out), None, None]),
+            Op::ZapChange { gpa, out } => (8, [Some(gpa), Some(out), None, None]),
+            Op::Split { gpa, size } => (9, [Some(gpa), Some(size), None, None]),
+            Op::Collapse { gpa, size } => (10, [Some(gpa), Some(size), None, None]),
+            Op::Walk { gpa } => (11, [Some(gpa), None, None, None]),
+        };
+        ([LITERAL, kind, index(&Access::ALL, &access), pages, memory, 0, 0, 0], numbers)
+    }
+
+    /// The inverse of [`Op::to_literal`], for any word. Numbers that are missing are 0.
+    fn from_literal(shape: &Shape, word: [u8; 8], mut number: impl FnMut() -> u64) -> Op {
+        let [_, kind, rights, pages, memory, ..] = word;
+        let access = any(&Access::ALL, rights);
+        let gpa = number();
+        match kind % 12 {
+            0 => {
+                let (out, size) = (number(), number());
+                let page = match pages % 3 {
+                    0 => PageChoice::Granule,
+                    1 => PageChoice::Max,
+                    _ => PageChoice::Size(number()),
+                };
+                let unit = match page {
+                    PageChoice::Granule => shape.granule(),
+                    PageChoice::Size(bytes) => bytes,
+                    PageChoice::Max => {
+                        let fits = |leaf: &u64| (gpa ^ out) % leaf == 0;
+                        shape.leaf_sizes().iter().copied().rev().find(fits).unwrap_or(shape.granule())
+                    }
+                };
+                let most = if unit > shape.granule() { unit.saturating_mul(1 << 13) } else { limit(shape) };
+                let op = |size| Op::Map { gpa, out, size, access, page, mem: any(&MemType::ALL, memory) };
+                // What is malformed or refused makes nothing, however large.
+                let made = shape.leaf_sizes().contains(&unit) && op(size).check(shape).is_ok();
+                if made { op(size.min(most)) } else { op(size) }
+            }
+            1 => Op::Unmap { gpa, size: number() },
+            2 => Op::Protect { gpa, size: number(), access },
+            3 => Op::WriteProtect { gpa, size: number() },
+            4 => {
+                let kinds = [TouchKind::Read, TouchKind::Write, TouchKind::Execute];
+                let kind = kinds.into_iter().find(|kind| kind.needs() == access).unwrap_or(TouchKind::Read);
+                Op::Touch { gpa, kind }
+            }
+            5 => Op::Age { gpa, size: number() },
+            6 => Op::Dirty { gpa, size: number() },
+            7 => Op::Change { gpa, out: number() },
+            8 => Op::ZapChange { gpa, out: number() },
+            9 => {
+                let size = number();
+                let op = |size| Op::Split { gpa, size };
+                if op(size).check(shape).is_ok() { op(size.min(limit(shape))) } else { op(size) }
+            }
+            10 => Op::Collapse { gpa, size: number() },
+            _ => Op::Walk { gpa },
+        }
     }
 
     /// Decodes one operation.
@@ -28,9 +145,7 @@ impl Op {
         let (from, wide) = if length < 0xf8 { (gpa, size) } else { (0, 1 << shape.gpa_bits()) };
         let out = |gpa| out(shape, gpa, target);
         let access = pick(shape.access(), rights).unwrap_or_else(|| any(&Access::ALL, rights));
-        // The most that one operation breaks up or maps by granules: two tables of the last level.
-        let second = shape.leaf_sizes().get(1).copied().unwrap_or(u64::MAX);
-        let limit = second.saturating_mul(2).min(shape.granule().saturating_mul(1 << 14));
+        let limit = limit(shape);
 
         let op = match verb % 32 {
             0..=8 => {
@@ -162,6 +277,12 @@ fn spoiled(shape: &Shape, mut op: Op, how: u8) -> Op {
     op
 }
 
+/// The most bytes that one operation breaks up or maps by granules: two tables of the last level.
+fn limit(shape: &Shape) -> u64 {
+    let second = shape.leaf_sizes().get(1).copied().unwrap_or(u64::MAX);
+    second.saturating_mul(2).min(shape.granule().saturating_mul(1 << 14))
+}
+
 fn largest(shape: &Shape) -> u64 {
     shape.leaf_sizes().last().copied().unwrap_or(shape.granule())
 }
@@ -177,4 +298,9 @@ fn pick<T: Copy>(list: &[T], choice: u8) -> Option<T> {
 /// Something of a list that is not empty.
 fn any<T: Copy>(list: &[T], choice: u8) -> T {
     list[usize::from(choice) % list.len()]
+}
+
+/// Where in a list something is; its first place if it is not there.
+fn index<T: PartialEq>(list: &[T], item: &T) -> u8 {
+    list.iter().position(|other| other == item).unwrap_or_default() as u8
 }

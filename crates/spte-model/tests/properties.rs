@@ -159,6 +159,53 @@ proptest! {
         }
     }
 
+    /// What a decoder is for: any bytes, and no operation that makes a table of millions of leaves.
+    #[test]
+    fn any_bytes_decode_to_operations_of_bounded_size(shape in shapes(), bytes in vec(any::<u8>(), 0..400)) {
+        let mut model = Model::new(shape.clone());
+        let ops = Op::decode(&shape, &bytes);
+        prop_assert!(ops.len() <= bytes.len() / 8);
+        for op in ops {
+            let before = model.leaves().count();
+            if let Ok(Outcome::Ok) = model.apply(&op) {
+                prop_assert!(model.leaves().count() <= before + (1 << 18) + (1 << 15), "{}", op);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_encoded_decodes_to_itself(shape in shapes(), words in bytes(40)) {
+        let ops = Op::decode(&shape, &words);
+        prop_assert_eq!(Op::decode(&shape, &Op::encode(&ops)), ops);
+    }
+
+    /// Each number of a literal is one word of the bytes: nothing is left out, and nothing is taken for another operation.
+    #[test]
+    fn literals_are_taken_as_they_are(numbers: [u64; 4], rights in 0_usize..8, mem in 0_usize..4, size in 0_u64..9) {
+        let shape = tiny(true);
+        let [gpa, out, page, _] = numbers;
+        let (access, mem, size) = (Access::ALL[rights], MemType::ALL[mem], size * 0x1000);
+        let ops = [
+            Op::Map { gpa, out, size, access, page: PageChoice::Granule, mem },
+            Op::Map { gpa, out, size, access, page: PageChoice::Max, mem },
+            Op::Map { gpa, out, size, access, page: PageChoice::Size(page), mem },
+            Op::Unmap { gpa, size: out },
+            Op::Protect { gpa, size: out, access },
+            Op::WriteProtect { gpa, size: out },
+            Op::Touch { gpa, kind: TouchKind::Read },
+            Op::Touch { gpa, kind: TouchKind::Write },
+            Op::Touch { gpa, kind: TouchKind::Execute },
+            Op::Age { gpa, size: out },
+            Op::Dirty { gpa, size: out },
+            Op::Change { gpa, out },
+            Op::ZapChange { gpa, out },
+            Op::Split { gpa, size },
+            Op::Collapse { gpa, size: out },
+            Op::Walk { gpa },
+        ];
+        prop_assert_eq!(Op::decode(&shape, &Op::encode(&ops)), ops);
+    }
+
     #[test]
     fn leaves_translate_as_pages_would(hw_ad: bool, bytes in bytes(60)) {
         let shape = tiny(hw_ad);
@@ -216,6 +263,19 @@ proptest! {
                 _ => armed.retain(|&page, _| model.leaf(page).is_some()),
             }
         }
+    }
+}
+
+/// Cut anywhere, a literal is still an operation.
+#[test]
+fn a_literal_that_is_cut_off_decodes() {
+    let op: Op = "map 0x200000 0x40000000 2m rwx page=2m".parse().unwrap();
+    let bytes = Op::encode(&[op]);
+    assert_eq!(bytes.len(), 40);
+    for len in 0..=bytes.len() {
+        let ops = Op::decode(&Shape::ept(), &bytes[..len]);
+        assert_eq!(ops.len(), usize::from(len >= 8), "{len}");
+        assert_eq!(ops == [op], len == bytes.len(), "{len}");
     }
 }
 

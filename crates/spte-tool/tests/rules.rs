@@ -3,7 +3,9 @@
 //!
 //! Entries are worked out by hand from the manuals: an EPT leaf is R W X (1, 2, 4), the memory type (WB: 6 << 3), ignore PAT
 //! (0x40), above 4K bit 7 (0x80), accessed (0x100), dirty (0x200); an NPT leaf is P, R/W, U/S (1, 2, 4), accessed (0x20), dirty
-//! (0x40), above 4K bit 7 (0x80), NX (bit 63).
+//! (0x40), above 4K bit 7 (0x80), NX (bit 63); an arm64 stage-2 page is valid (1), a page (2), MemAttr (WB: 0xf << 2),
+//! S2AP (read 0x40, write 0x80), inner shareable (0x300), AF (0x400), XN (bit 54), so that 0x7ff is rwx; a block lacks the 2; a
+//! link is 3; with dirty by hardware, DBM (bit 51) says that writing is allowed, and 0x80 that it was done.
 
 mod common;
 
@@ -19,6 +21,14 @@ fn rule_01_success_prints_ok_and_listings_end_with_their_rows() {
     );
     assert_eq!(run("ept", "dump\n"), "end 0\n");
     assert_eq!(run("ept", "dirty 0 4k\n"), "end 0\n");
+}
+
+#[test]
+fn rule_01_arm64_counts_its_levels_down_to_3() {
+    let script = "map 0x1000 0x5000 8k rw\nprotect 0x1000 4k r\nsplit 0 2m\ncollapse 0 2m\nunmap 0x1000 4k\nwalk 0\n";
+    let walk = "L1 0x0 0000000000000003\nL2 0x0 0000000000000003\nL3 0x0 0000000000000000\nend 3\n";
+    assert_eq!(run("arm64-s2", script), format!("ok\nok\nok\nok\nok\n{walk}"));
+    assert_eq!(run("arm64-s2 --granule 64k", "dump\ndirty 0 64k\n"), "end 0\nend 0\n");
 }
 
 #[test]
@@ -62,6 +72,30 @@ fn rule_02_malformed_lines_end_the_script_and_earlier_output_stands() {
 }
 
 #[test]
+fn rule_02_arm64_lines_are_whole_granules_of_40_and_48_bits() {
+    let fails = |options: &str, line: &str, why: &str| {
+        let words: Vec<&str> = ["run", "--format", "arm64-s2"].into_iter().chain(options.split_whitespace()).collect();
+        let ran = spte(&words, format!("map 0 0 64k r\n{line}\nmap 0x10000 0 64k r\n").as_bytes());
+        assert_eq!(ran, (2, "ok\n".into(), format!("line 2: {why}\n")), "{line}");
+    };
+    fails("", "touch 0x10000000000 r", "guest address 0x10000000000 is beyond 40 bits");
+    fails("", "unmap 0xfffffff000 8k", "guest address 0x10000000fff is beyond 40 bits");
+    fails("", "map 0x10000 0x1000000000000 4k r", "output address 0x1000000000fff is beyond 48 bits");
+    fails("--granule 16k", "unmap 0x1000 16k", "guest address 0x1000 is not aligned to 0x4000");
+    fails("--granule 16k", "map 0x10000 0x1000 16k r", "output address 0x1000 is not aligned to 0x4000");
+    fails("--granule 64k", "age 0 4k", "size 0x1000 is not aligned to 0x10000");
+    fails("--granule 64k", "change 0x10000 0x4000", "output address 0x4000 is not aligned to 0x10000");
+    fails("--ipa-bits 36", "walk 0x1000000000", "guest address 0x1000000000 is beyond 36 bits");
+    fails("--pa-bits 36", "change 0 0x1000000000", "output address 0x1000000fff is beyond 36 bits");
+    // The last page there is, and with it the last table of a root of sixteen.
+    let last = "map 0xffffffc000 0xffffffffc000 16k r\nwalk 0xffffffffff\n";
+    assert_eq!(
+        run("arm64-s2 --granule 16k", last),
+        "ok\nL2 0xfffe000000 0000000000000003\nL3 0xffffffc000 0040ffffffffc77f\nend 2\n"
+    );
+}
+
+#[test]
 fn rule_03_hex_is_unpadded_and_entries_are_sixteen_digits() {
     let script = "map 0x00ABC000 0x000000DEF000 4096 x mem=wt\ntouch 0xabc123 x\nwalk 0xabcfff\n";
     assert_eq!(
@@ -73,6 +107,25 @@ fn rule_03_hex_is_unpadded_and_entries_are_sixteen_digits() {
         run("npt", "map 0 0 4k r\ndump\n").lines().nth(4),
         Some("L1 0x0 8000000000000025"),
         "an entry is a number: NX is the first digit"
+    );
+}
+
+#[test]
+fn rule_03_arm64_entries_are_sixteen_digits() {
+    let script = "map 0x00ABC000 0x000000DEF000 4096 x mem=wt\ntouch 0xabc123 x\nwalk 0xabcfff\n";
+    assert_eq!(
+        run("arm64-s2", script),
+        "ok\nok 0xdef123\nL1 0x0 0000000000000003\nL2 0xa00000 0000000000000003\nL3 0xabc000 0000000000def72b\nend 3\n"
+    );
+    // Addresses of 52 bits: 51:48 in 15:12 of the 64K granule, 51:50 in 9:8 and no shareability in the others.
+    let wide = |granule: &str| format!("arm64-s2 --pa-bits 52 --granule {granule}");
+    assert_eq!(
+        run(&wide("64k"), "map 0 0xf800012340000 64k rwx\ndump\n"),
+        "ok\nL2 0x0 0000000000000003\nL3 0x0 000080001234f7ff\nend 2\n"
+    );
+    assert_eq!(
+        run(&wide("4k"), "map 0 0xe800012345000 4k rwx\ntouch 7 w\ndump\n"),
+        "ok\nok 0xe800012345007\nL1 0x0 0000000000000003\nL2 0x0 0000000000000003\nL3 0x0 00028000123457ff\nend 3\n"
     );
 }
 
@@ -128,6 +181,76 @@ fn rule_04_map_takes_the_leaves_asked_for() {
 }
 
 #[test]
+fn rule_04_arm64_has_every_right_and_every_memory_type() {
+    let script = "map 0x201000 0x5000 4k rw\nmap 0x200000 0 2m r page=2m\nmap 0x201000 0 4k - page=1g mem=wc\n\
+        map 0x400000 0x1000 2m r page=2m\nmap 0x400000 0 64k r page=64k\nmap 0x400000 0 16k r page=16k\n\
+        map 0x2000000 0 32m r page=32m\nmap 0x400000 0 4k w\nmap 0x401000 0 4k wx\nmap 0x402000 0 4k -\n\
+        map 0x403000 0 4k x\nmap 0x404000 0 4k rw mem=wc\nmap 0x405000 0 4k r mem=wt\nmap 0x406000 0 4k rwx mem=uc\n\
+        protect 0x406000 4k -\ndump\n";
+    assert_eq!(
+        run("arm64-s2", script),
+        "ok\nrefused present 0x201000\nrefused present 0x201000\nrefused page\nrefused page\nrefused page\n\
+         refused page\nok\nok\nok\nok\nok\nok\nok\nok\n\
+         L1 0x0 0000000000000003\nL2 0x200000 0000000000000003\nL3 0x201000 00400000000057ff\n\
+         L2 0x400000 0000000000000003\nL3 0x400000 00400000000007bf\nL3 0x401000 00000000000007bf\n\
+         L3 0x402000 004000000000073f\nL3 0x403000 000000000000073f\nL3 0x404000 00400000000007d7\n\
+         L3 0x405000 004000000000076b\nL3 0x406000 0040000000000707\nend 11\n"
+    );
+    // Hardware that records writes: a clean leaf that may be written has DBM, and S2AP[1] clear.
+    assert_eq!(
+        run("arm64-s2 --hw-ad", "map 0x1000 0x1000 4k rwx\nmap 0x2000 0x2000 4k rx\nwalk 0x1000\nwalk 0x2000\n"),
+        "ok\nok\nL1 0x0 0000000000000003\nL2 0x0 0000000000000003\nL3 0x1000 000800000000177f\nend 3\n\
+         L1 0x0 0000000000000003\nL2 0x0 0000000000000003\nL3 0x2000 000000000000277f\nend 3\n"
+    );
+}
+
+#[test]
+fn rule_04_arm64_granules_have_their_own_pages() {
+    let script = "map 0x2000000 0x4000000 32m rw page=32m\nmap 0x20000000 0x40000000 512m rx page=512m\n\
+        map 0x80000000 0x80000000 2m r page=2m\nmap 0x80000000 0x80000000 1g r page=1g\n\
+        map 0x80000000 0x80000000 64k r page=64k\nmap 0x80020000 0x80000000 64k r page=16k\n\
+        map 0x80040000 0 64k r page=4k\nmap 0x80050000 0x70000 64k rwx\ndump\n";
+    let pages = |first: u64, size: u64, count: u64, output: u64, bits: u64| -> String {
+        let page = |i| format!("L3 {:#x} {:016x}\n", first + i * size, output + i * size | bits);
+        (0..count).map(page).collect()
+    };
+    let (read, all) = (0x40_0000_0000_077f, 0x7ff);
+    assert_eq!(
+        run("arm64-s2 --granule 16k", script),
+        format!(
+            "ok\nrefused page\nrefused page\nrefused page\nrefused page\nok\nrefused page\nok\n\
+             L2 0x2000000 00400000040007fd\nL2 0x80000000 0000000000000003\n{}{}end 10\n",
+            pages(0x8002_0000, 0x4000, 4, 0x8000_0000, read),
+            pages(0x8005_0000, 0x4000, 4, 0x7_0000, all),
+        )
+    );
+    assert_eq!(
+        run("arm64-s2 --granule 64k", script),
+        format!(
+            "refused page\nok\nrefused page\nrefused page\nok\nrefused page\nrefused page\nok\n\
+             L2 0x20000000 000000004000077d\nL2 0x80000000 0000000000000003\n{}{}end 4\n",
+            pages(0x8000_0000, 0x1_0000, 1, 0x8000_0000, read),
+            pages(0x8005_0000, 0x1_0000, 1, 0x7_0000, all),
+        )
+    );
+    // The largest at each step: pages up to a block, the block, pages.
+    let max = "map 0x1ffc000 0x5ffc000 0x2008000 rw page=max\ndump\n";
+    assert_eq!(
+        run("arm64-s2 --granule 16k", max),
+        "ok\nL2 0x0 0000000000000003\nL3 0x1ffc000 0040000005ffc7ff\nL2 0x2000000 00400000060007fd\n\
+         L2 0x4000000 0000000000000003\nL3 0x4000000 00400000080007ff\nend 5\n"
+    );
+    // A block of 512G is there where descriptors are LPA2's, and nowhere else.
+    let map = "map 0 0 1t r page=max\nstats\n";
+    let stats = |out: &str| out.lines().filter(|row| row.starts_with("leaves_")).collect::<Vec<_>>().join(" ");
+    assert_eq!(stats(&run("arm64-s2 --ipa-bits 48", map)), "leaves_4k 0 leaves_2m 0 leaves_1g 1024");
+    assert_eq!(
+        stats(&run("arm64-s2 --ipa-bits 48 --pa-bits 52", map)),
+        "leaves_4k 0 leaves_2m 0 leaves_1g 0 leaves_512g 2"
+    );
+}
+
+#[test]
 fn rule_05_parts_of_larger_leaves_are_split_and_what_is_absent_is_skipped() {
     let script = "map 0 0x40000000 1g rwx page=1g\nunmap 0x1000 0x3fffe000\nunmap 0 1t\nmap 0 0x40000000 2m rwx page=2m\n\
         protect 0x1ff000 8k r\nprotect 0x1fe000 4k w\nunmap 0 0x1fd000\ndump\nunmap 0x1fd000 12k\ndump\n";
@@ -143,6 +266,23 @@ fn rule_05_parts_of_larger_leaves_are_split_and_what_is_absent_is_skipped() {
     assert_eq!(
         run("npt", script),
         "ok\nok\ntables 4\nleaves_4k 512\nleaves_2m 511\nleaves_1g 0\nbytes_tables 16384\nend 5\n"
+    );
+}
+
+#[test]
+fn rule_05_arm64_blocks_are_split_and_keep_what_they_say() {
+    // A device stays one.
+    let script = "map 0x200000 0x40200000 2m rw page=2m mem=uc\nunmap 0x201000 0x1fe000\ndump\n\
+        protect 0x3ff000 4k x\nunmap 0x200000 4k\nunmap 0 1t\ndump\n";
+    assert_eq!(
+        run("arm64-s2", script),
+        "ok\nok\nL1 0x0 0000000000000003\nL2 0x200000 0000000000000003\nL3 0x200000 00400000402007c7\n\
+         L3 0x3ff000 00400000403ff7c7\nend 4\nok\nok\nok\nend 0\n"
+    );
+    let script = "map 0 0 512m rw page=512m\nprotect 0x10000 64k r\nstats\n";
+    assert_eq!(
+        run("arm64-s2 --granule 64k", script),
+        "ok\nok\ntables 2\nleaves_64k 8192\nleaves_512m 0\nbytes_tables 81920\nend 4\n"
     );
 }
 
@@ -166,6 +306,24 @@ fn rule_06_logging_withholds_writing_until_it_is_used() {
         run("ept", script),
         format!("ok\nok\nok\nok\n{way}L1 0x1000 0000000000001171\nend 4\n{way}L1 0x2000 0000000000002173\nend 4\n")
     );
+}
+
+#[test]
+fn rule_06_arm64_logging_withholds_s2ap_and_dbm() {
+    let script = "map 0x1000 0x1000 8k rwx\nwrprotect 0 512g\nwalk 0x1000\ntouch 0x1008 r\ndirty 0 512g\n\
+        touch 0x1008 w\nwalk 0x1000\ndirty 0 512g\nwalk 0x1000\nwalk 0x2000\n";
+    let way = "L1 0x0 0000000000000003\nL2 0x0 0000000000000003\n";
+    let expected = |first: &str, written: &str, second: &str| {
+        format!(
+            "ok\nok\n{way}L3 0x1000 {first}\nend 3\nok 0x1008\nend 0\nok 0x1008\n\
+             {way}L3 0x1000 {written}\nend 3\n0x1000 0x1000\nend 1\n\
+             {way}L3 0x1000 {first}\nend 3\n{way}L3 0x2000 {second}\nend 3\n"
+        )
+    };
+    let (armed, second) = ("000000000000177f", "000000000000277f");
+    assert_eq!(run("arm64-s2", script), expected(armed, "00000000000017ff", second));
+    // DBM goes with the right: were it left, hardware would let the write through.
+    assert_eq!(run("arm64-s2 --hw-ad", script), expected(armed, "00080000000017ff", second));
 }
 
 #[test]
@@ -202,6 +360,34 @@ fn rule_07_without_hardware_an_old_leaf_faults_once() {
 }
 
 #[test]
+fn rule_07_arm64_has_access_flag_faults_unless_hardware_sets_the_flag() {
+    let script = "touch 0 r\nmap 0x1000 0x5000 4k rw\ntouch 0x1fff w\nage 0x1000 4k\nwalk 0x1000\ntouch 0x1000 x\n\
+        walk 0x1000\ntouch 0x1000 x\ntouch 0x1000 w\nwalk 0x1000\nage 0 1m\ntouch 0x1000 w\ntouch 0x1000 w\n";
+    let way = "L1 0x0 0000000000000003\nL2 0x0 0000000000000003\n";
+    // The flag is looked at before the rights.
+    assert_eq!(
+        run("arm64-s2", script),
+        format!(
+            "fault absent\nok\nok 0x5fff\nok 1\n{way}L3 0x1000 00400000000053ff\nend 3\nfault af\n\
+             {way}L3 0x1000 00400000000057ff\nend 3\nfault perm\nok 0x5000\n{way}L3 0x1000 00400000000057ff\nend 3\n\
+             ok 1\nfault af\nok 0x5000\n"
+        )
+    );
+    assert_eq!(run("arm64-s2 --hw-ad=off", script), run("arm64-s2", script), "off is the default");
+    assert_eq!(
+        run("arm64-s2 --hw-ad", script),
+        format!(
+            "fault absent\nok\nok 0x5fff\nok 1\n{way}L3 0x1000 00480000000053ff\nend 3\nfault perm\n\
+             {way}L3 0x1000 00480000000053ff\nend 3\nfault perm\nok 0x5000\n{way}L3 0x1000 00480000000057ff\nend 3\n\
+             ok 1\nok 0x5000\nok 0x5000\n"
+        )
+    );
+    // No right at all, and writing alone.
+    let script = "map 0 0 4k -\nmap 0x1000 0x1000 4k w\ntouch 0 r\ntouch 0x1000 r\ntouch 0x1000 w\ntouch 0x1000 x\n";
+    assert_eq!(run("arm64-s2", script), "ok\nok\nfault perm\nfault perm\nok 0x1000\nfault perm\n");
+}
+
+#[test]
 fn rule_08_age_counts_young_leaves_and_dirty_lists_written_ones() {
     let script = "map 0 0 4m rwx page=2m\nmap 0x400000 0 8k rwx\nage 0 1t\nage 0 1t\ntouch 0x1000 r\nage 0 1t\n\
         touch 0x400008 w\ntouch 0x3fffff w\ndirty 0 1t\ndirty 0 1t\ntouch 0x400000 w\ndirty 0x401000 4k\ndirty 0x400000 4k\n\
@@ -211,6 +397,24 @@ fn rule_08_age_counts_young_leaves_and_dirty_lists_written_ones() {
         "ok\nok\nok 4\nok 0\nok 0x1000\nok 1\nok 0x8\nok 0x3fffff\n\
          0x200000 0x200000\n0x400000 0x1000\nend 2\nend 0\nok 0x0\nend 0\n0x400000 0x1000\nend 1\nok 2\n"
     );
+}
+
+#[test]
+fn rule_08_arm64_knows_of_writes_that_were_logged_or_that_hardware_recorded() {
+    let script = "map 0 0 64m rwx page=32m\nmap 0x4000000 0 32k rwx\nage 0 512g\nage 0 512g\ntouch 0x1000 r\ntouch 0x1000 r\n\
+        age 0 512g\ntouch 0x4000008 w\ntouch 0x4000008 w\ntouch 0x3ffffff w\ntouch 0x3ffffff w\ndirty 0 512g\ndirty 0 512g\n\
+        wrprotect 0x4000000 16k\ntouch 0x4000000 w\ndirty 0x4004000 16k\ndirty 0x4000000 16k\nage 0 512g\n";
+    let both = |faults: &str, written: &str| {
+        format!(
+            "ok\nok\nok 4\nok 0\n{faults}\nok 0x1000\nok 1\n{}\nok 0x8\n{}\nok 0x3ffffff\n{written}end 0\n\
+             ok\nok 0x0\nend 0\n0x4000000 0x4000\nend 1\nok 2\n",
+            faults.replace("0x1000", "0x8"),
+            faults.replace("0x1000", "0x3ffffff"),
+        )
+    };
+    assert_eq!(run("arm64-s2 --granule 16k", script), both("fault af", "end 0\n"));
+    let written = "0x2000000 0x2000000\n0x4000000 0x4000\nend 2\n";
+    assert_eq!(run("arm64-s2 --granule 16k --hw-ad", script), both("ok 0x1000", written));
 }
 
 #[test]
@@ -228,6 +432,29 @@ fn rule_09_change_leaves_a_read_only_page_and_never_creates() {
     // A write that was not harvested is not forgotten.
     let script = "map 0x1000 0x1000 4k rw\ntouch 0x1000 w\nchange 0x1000 0x2000\ndirty 0 1m\n";
     assert_eq!(run("npt", script), "ok\nok 0x1000\nchanged\n0x1000 0x1000\nend 1\n");
+}
+
+#[test]
+fn rule_09_arm64_change_keeps_the_rest_of_the_leaf() {
+    let script = "change 0x1000 0x9000\nzapchange 0x1000 0x9000\nmap 0x200000 0x40000000 2m rwx page=2m mem=wc\n\
+        change 0x201000 0x9000\ntouch 0x201004 r\ntouch 0x201004 x\ntouch 0x201004 w\ntouch 0x202000 w\nwalk 0x201000\n\
+        zapchange 0x201000 0xa000\ntouch 0x201000 r\nzapchange 0x201000 0xa000\nstats\n";
+    for options in ["arm64-s2", "arm64-s2 --hw-ad"] {
+        assert_eq!(
+            run(options, script),
+            "absent\nabsent\nok\nchanged\nok 0x9004\nok 0x9004\nfault perm\nok 0x40002000\n\
+             L1 0x0 0000000000000003\nL2 0x200000 0000000000000003\nL3 0x201000 0000000000009757\nend 3\n\
+             zapped\nfault absent\nabsent\n\
+             tables 3\nleaves_4k 511\nleaves_2m 0\nleaves_1g 0\nbytes_tables 16384\nend 5\n"
+        );
+    }
+    // What can only be written is left with no right, and that can be expressed.
+    let script = "map 0x1000 0x1000 4k w\nchange 0x1000 0x2000\nwalk 0x1000\n";
+    assert!(run("arm64-s2", script).starts_with("ok\nchanged\n"));
+    assert!(run("arm64-s2", script).ends_with("L3 0x1000 004000000000273f\nend 3\n"));
+    let script = "map 0x1000 0x1000 4k rw\ntouch 0x1000 w\nchange 0x1000 0x2000\ndirty 0 1m\n";
+    assert_eq!(run("arm64-s2 --hw-ad", script), "ok\nok 0x1000\nchanged\n0x1000 0x1000\nend 1\n");
+    assert_eq!(run("arm64-s2", script), "ok\nok 0x1000\nchanged\nend 0\n", "nobody logged it");
 }
 
 #[test]
@@ -252,6 +479,24 @@ fn rule_10_split_goes_to_the_granule_and_collapse_as_far_as_it_can() {
 }
 
 #[test]
+fn rule_10_arm64_splits_to_the_granule_and_collapses_as_far_as_it_can() {
+    let script = "map 0 0x40000000 512m rwx page=512m\nage 0 512m\nsplit 0x10000 64k\nstats\ntouch 0x50000 w\n\
+        collapse 0x10000 0x1fff0000\nstats\ncollapse 0 1t\ndump\n";
+    let stats = "tables 2\nleaves_64k 8192\nleaves_512m 0\nbytes_tables 81920\nend 4\n";
+    assert_eq!(
+        run("arm64-s2 --granule 64k --hw-ad", script),
+        format!("ok\nok 1\nok\n{stats}ok 0x40050000\nok\n{stats}ok\nL2 0x0 00080000400007fd\nend 1\n")
+    );
+    let script = "map 0 0 32m rw\nprotect 0x4000 16k r\ncollapse 0 32m\nmap 0x2000000 0x4000 32m rw\n\
+        collapse 0x2000000 32m\nstats\nprotect 0x4000 16k rw\ncollapse 0 32m\nwalk 0\n";
+    assert_eq!(
+        run("arm64-s2 --granule 16k", script),
+        "ok\nok\nok\nok\nok\ntables 3\nleaves_16k 4096\nleaves_32m 0\nbytes_tables 294912\nend 4\nok\nok\n\
+         L2 0x0 00400000000007fd\nend 1\n"
+    );
+}
+
+#[test]
 fn rule_11_walk_has_a_row_for_each_level_from_the_root() {
     let script = "map 0x40201000 0x5000 4k rw\nwalk 0x40201fff\nwalk 0x40400000\nwalk 0x8000000000\n";
     assert_eq!(
@@ -268,6 +513,35 @@ fn rule_11_walk_has_a_row_for_each_level_from_the_root() {
     assert_eq!(run("x86-64-la57", script), five);
     assert_eq!(run("npt --levels 5 --ipa-bits 57", script), five);
     assert_eq!(run("npt --ipa-bits 57", script), five);
+}
+
+#[test]
+fn rule_11_arm64_walks_begin_at_the_start_level() {
+    // 40 bits: two tables side by side at level 1, of which the second has this. One row for both.
+    let script = "map 0x8040201000 0x5000 4k rw\nwalk 0x8040201fff\nwalk 0x8040400000\nwalk 0xffffffffff\n";
+    assert_eq!(
+        run("arm64-s2", script),
+        "ok\nL1 0x8040000000 0000000000000003\nL2 0x8040200000 0000000000000003\nL3 0x8040201000 00400000000057ff\nend 3\n\
+         L1 0x8040000000 0000000000000003\nL2 0x8040400000 0000000000000000\nend 2\n\
+         L1 0xffc0000000 0000000000000000\nend 1\n"
+    );
+    // Where walks begin, by granule and address bits; more levels where they are asked for.
+    let first = |options: &str| {
+        let out = run(&format!("arm64-s2 {options}"), "map 0 0 64k r\nwalk 0\n");
+        let rows: Vec<&str> = out.lines().skip(1).map(|row| row.split(' ').next().unwrap()).collect();
+        rows.join(" ")
+    };
+    assert_eq!(first("--ipa-bits 34"), "L2 L3 end");
+    assert_eq!(first("--ipa-bits 43"), "L1 L2 L3 end");
+    assert_eq!(first("--ipa-bits 44"), "L0 L1 L2 L3 end");
+    assert_eq!(first("--ipa-bits 52"), "L0 L1 L2 L3 end");
+    assert_eq!(first("--ipa-bits 52 --levels 5"), "L-1 L0 L1 L2 L3 end");
+    assert_eq!(first("--ipa-bits 40 --levels 4"), "L0 L1 L2 L3 end");
+    assert_eq!(first("--granule 16k --ipa-bits 40"), "L2 L3 end");
+    assert_eq!(first("--granule 16k --ipa-bits 48"), "L1 L2 L3 end");
+    assert_eq!(first("--granule 16k --ipa-bits 52"), "L0 L1 L2 L3 end");
+    assert_eq!(first("--granule 64k --ipa-bits 46"), "L2 L3 end");
+    assert_eq!(first("--granule 64k --ipa-bits 52"), "L1 L2 L3 end");
 }
 
 #[test]
@@ -290,6 +564,34 @@ fn rule_12_flushes_are_counted_by_kind_and_absent_entries_owe_none() {
 }
 
 #[test]
+fn rule_12_arm64_flushes_are_invalidations_of_both_stages() {
+    let nothing = "unmap 0 1g\nprotect 0 1g r\nwrprotect 0 1g\nage 0 1g\ndirty 0 1g\nchange 0 0\nzapchange 0 0\n\
+        split 0 1g\ncollapse 0 1g\ntouch 0 w\nflushes\n";
+    let answers = "ok\nok\nok\nok 0\nend 0\nabsent\nabsent\nok\nok\nfault absent\nend 0\n";
+    let some = "map 0x10000 0x50000 128k rw\ntouch 0x10000 w\nsplit 0 1m\nage 0 1m\nflushes\nwrprotect 0x10000 64k\nflushes\n\
+        touch 0x10000 w\ntouch 0x10000 w\nflushes\nunmap 0x10000 64k\nflushes\n";
+    // An invalidation for each page, and one of stage 1 for the flush.
+    for (granule, pages) in [("4k", 16), ("16k", 4), ("64k", 1)] {
+        let options = format!("arm64-s2 --granule {granule}");
+        assert_eq!(run(&options, nothing), answers);
+        let flushed = |flushes: u64| format!("ipas2e1is {}\nvmalle1is {flushes}\nend 2\n", flushes * pages);
+        let (one, two) = (flushed(1), flushed(2));
+        let expected =
+            format!("ok\nok 0x50000\nok\nok {}\nend 0\nok\n{one}fault af\nok 0x50000\n{one}ok\n{two}", 2 * pages);
+        assert_eq!(run(&options, some), expected, "{granule}");
+    }
+    // Breaking before making: a split is a flush here, of one block; a collapse one of all the pages.
+    let resize = "map 0 0 2m rw page=2m\nsplit 0 2m\nflushes\ncollapse 0 2m\nflushes\n";
+    assert_eq!(
+        run("arm64-s2", resize),
+        "ok\nok\nipas2e1is 1\nvmalle1is 1\nend 2\nok\nipas2e1is 513\nvmalle1is 2\nend 2\n"
+    );
+    // More than 512 invalidations are one of the guest.
+    let many = "map 0 0 4m rw\nwrprotect 0 0x201000\nwrprotect 0x201000 8k\nflushes\n";
+    assert_eq!(run("arm64-s2", many), "ok\nok\nok\nipas2e1is 2\nvmalle1is 1\nvmalls12e1is 1\nend 3\n");
+}
+
+#[test]
 fn rule_13_stats_has_tables_leaves_of_each_size_and_bytes() {
     let empty = "tables 1\nleaves_4k 0\nleaves_2m 0\nleaves_1g 0\nbytes_tables 4096\nend 5\n";
     for format in ["ept", "npt", "x86-64", "x86-64-la57"] {
@@ -300,6 +602,21 @@ fn rule_13_stats_has_tables_leaves_of_each_size_and_bytes() {
         run("ept", script),
         format!("ok\ntables 4\nleaves_4k 1\nleaves_2m 1\nleaves_1g 1\nbytes_tables 16384\nend 5\nok\n{empty}")
     );
+}
+
+#[test]
+fn rule_13_arm64_counts_a_root_of_several_tables_once() {
+    let stats = |options: &str| run(&format!("arm64-s2 {options}"), "map 0 0 64k r\nunmap 0 64k\nstats\n");
+    let empty = |leaves: &str, bytes: u64| format!("ok\nok\ntables 1\n{leaves}\nbytes_tables {bytes}\n");
+    let small = "leaves_4k 0\nleaves_2m 0\nleaves_1g 0";
+    // Sixteen tables; one; and 32 entries.
+    assert_eq!(stats("--ipa-bits 43"), empty(small, 16 << 12) + "end 5\n");
+    assert_eq!(stats("--ipa-bits 39"), empty(small, 1 << 12) + "end 5\n");
+    assert_eq!(stats("--ipa-bits 44"), empty(small, 32 << 3) + "end 5\n");
+    assert_eq!(stats("--granule 16k"), empty("leaves_16k 0\nleaves_32m 0", 16 << 14) + "end 4\n");
+    assert_eq!(stats("--granule 64k"), empty("leaves_64k 0\nleaves_512m 0", 2048 << 3) + "end 4\n");
+    let wide = "leaves_64k 0\nleaves_512m 0\nleaves_4t 0";
+    assert_eq!(stats("--granule 64k --pa-bits 52 --ipa-bits 48"), empty(wide, 64 << 3) + "end 5\n");
 }
 
 #[test]
@@ -333,4 +650,35 @@ fn rule_14_dump_prints_entries_ascending_without_table_addresses_and_software_bi
         spte(&["decode", "--mask", "--format", "x86-64", "--level", "2"], b"").1,
         "L2 80000000000000bf table\nL2 800ffffffffff1ff leaf\nend 2\n"
     );
+}
+
+#[test]
+fn rule_14_arm64_dumps_rows_of_all_tables_of_the_root() {
+    let script = "map 0x8000000000 0x2000 4k rw\nmap 0x40000000 0x40000000 1g rx page=1g\n\
+        map 0x200000 0x200000 2m rw page=2m\nwrprotect 0 512g\ndump\n";
+    assert_eq!(
+        run("arm64-s2", script),
+        "ok\nok\nok\nok\nL1 0x0 0000000000000003\nL2 0x200000 004000000020077d\nL1 0x40000000 000000004000077d\n\
+         L1 0x8000000000 0000000000000003\nL2 0x8000000000 0000000000000003\nL3 0x8000000000 00400000000027ff\nend 6\n"
+    );
+    let mask = |options: &str| {
+        let words: Vec<&str> =
+            ["decode", "--mask", "--format", "arm64-s2"].into_iter().chain(options.split(' ')).collect();
+        spte(&words, b"").1
+    };
+    assert_eq!(
+        mask("--ipa-bits 48"),
+        "L0 0000000000000003 table\nL1 0000000000000003 table\nL1 0078ffffc0000fff leaf\n\
+         L2 0000000000000003 table\nL2 0078ffffffe00fff leaf\nL3 0078ffffffffffff leaf\nend 6\n"
+    );
+    assert_eq!(
+        mask("--granule 16k"),
+        "L2 0000000000000003 table\nL2 0078fffffe000fff leaf\nL3 0078ffffffffcfff leaf\nend 3\n"
+    );
+    assert_eq!(
+        mask("--granule 64k --pa-bits 52 --ipa-bits 48"),
+        "L1 0000000000000003 table\nL1 0078fc000000ffff leaf\nL2 0000000000000003 table\nL2 0078ffffe000ffff leaf\n\
+         L3 0078ffffffffffff leaf\nend 5\n"
+    );
+    assert_eq!(mask("--ipa-bits 52 --level 0"), "L0 0000000000000003 table\nL0 007bff8000000fff leaf\nend 2\n");
 }

@@ -3,7 +3,7 @@
 
 use notifier_linux::{Feature, Features, Kernel, Missing};
 
-use super::cli::Backend;
+use super::{cli::Backend, table::TableFormat};
 use crate::machine::{self, NoKvm};
 
 /// Why guests cannot run on KVM here.
@@ -34,9 +34,11 @@ impl Chosen {
     }
 }
 
-/// What `wanted` comes to on this host; and why, where it was left open.
-pub(crate) fn choose(wanted: Backend) -> Result<(Chosen, Option<String>), NoBackend> {
+/// What `wanted` comes to on this host; and why, where it was left open. Whoever asks for a format wants all to walk it,
+/// and vCPUs on KVM walk their processor's.
+pub(crate) fn choose(wanted: Backend, format: Option<TableFormat>) -> Result<(Chosen, Option<String>), NoBackend> {
     match wanted {
+        Backend::Auto if format.is_some() => Ok((Chosen::Software, Some("for the format".into()))),
         Backend::Software => Ok((Chosen::Software, None)),
         Backend::Kvm => probe().map(|()| (Chosen::Kvm, None)),
         Backend::Auto => Ok(match probe() {

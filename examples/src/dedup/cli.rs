@@ -5,7 +5,7 @@ use std::{ffi::OsString, fs, path::PathBuf, time::Duration};
 
 use clap::{Parser, ValueEnum, error::ErrorKind};
 
-use super::memory::PAGE;
+use super::{memory::PAGE, table::TableFormat};
 
 /// Guests more than this would be threads waiting for each other.
 const MOST_GUESTS: u32 = 32;
@@ -49,8 +49,8 @@ pub enum Safety {
 /// Merges identical pages of running guests and repoints their translations through change_pte.
 ///
 /// Guests' RAM holds real files. They read, write and check it while a merger finds equal pages, keeps one copy, and
-/// gives the rest back to the host. Their vCPUs run on KVM, with devices that walk an EPT-format table; or all of them
-/// are threads that walk one.
+/// gives the rest back to the host. Their vCPUs run on KVM, with devices that walk a table of ours; or all of them are
+/// threads that walk one.
 #[derive(Debug, Clone, Parser)]
 #[command(
     name = "dedup",
@@ -79,6 +79,10 @@ pub struct Options {
     /// What guests run on; auto is kvm where /dev/kvm opens, and says why if it is not
     #[arg(long, value_enum, default_value_t = Backend::Auto)]
     pub backend: Backend,
+
+    /// Format of the tables that software walks (otherwise: ept); auto is software then
+    #[arg(long, value_enum)]
+    pub format: Option<TableFormat>,
 
     /// How translations follow a merge
     #[arg(long, value_enum, default_value_t = MergeMode::Change)]

@@ -22,7 +22,7 @@ use super::{
     mapping::{IsMerged, Mapping, Place, gpa},
     memory::{Frames, PAGE, PageBytes},
     store::Store,
-    table::{GuestTable, Installed},
+    table::{GuestTable, Installed, TableFormat},
     tally::Tally,
     vcpu::{Pace, WorkingSet},
 };
@@ -36,6 +36,7 @@ pub(crate) struct Run<'r> {
     pub(crate) images: &'r Arc<Images>,
     pub(crate) store: &'r Arc<Store>,
     pub(crate) tally: &'r Arc<Tally>,
+    pub(crate) format: TableFormat,
     pub(crate) safety: Safety,
     pub(crate) pace: Pace,
     /// Filling RAM ends when this is set.
@@ -69,7 +70,7 @@ impl Guest {
         layout: &[u32],
         run: &Run<'_>,
     ) -> Result<Self, Error> {
-        let &Run { images, store, tally, safety, pace, interrupt } = run;
+        let &Run { images, store, tally, format, safety, pace, interrupt } = run;
         let pages = layout.len();
         let written = DirtyLog::new(pages);
         let space = Space::builder().dirty_sink(written.clone()).build();
@@ -81,7 +82,7 @@ impl Guest {
             home.memory().write_slice(images.page(image), GuestAddress((page * PAGE) as u64))?;
         }
         Ok(Self {
-            table: GuestTable::new(&space)?,
+            table: GuestTable::new(&space, format)?,
             frames: Frames::new(home.memory().clone(), store.file())?,
             host: home.host()?,
             mapping: Mapping::new(pages),

@@ -83,7 +83,8 @@ impl Job {
             }
         };
         let safety = options.safety();
-        let common = Run { images: &images, store: &store, tally: &tally, safety, pace, interrupt };
+        let format = options.format.unwrap_or_default();
+        let common = Run { images: &images, store: &store, tally: &tally, format, safety, pace, interrupt };
         let guest = |number: u32| {
             let layout = images.layout(options.seed.wrapping_mul(64).wrapping_add(u64::from(number)));
             let guest = Guest::new(home, &layout, &common)?;
@@ -191,7 +192,7 @@ pub fn run_on(kernel: &Kernel, options: &Options, interrupt: &AtomicBool) -> Res
     if let Some(path) = &options.plot {
         plot::can_write(path)?;
     }
-    let (chosen, why) = backend::choose(options.backend)?;
+    let (chosen, why) = backend::choose(options.backend, options.format)?;
     let (limit, until_idle) = options.limit();
     let progress = Progress::new(limit);
     progress.say("filling RAM");
@@ -319,6 +320,7 @@ pub fn run_on(kernel: &Kernel, options: &Options, interrupt: &AtomicBool) -> Res
     let details = Details {
         safety: options.safety(),
         kvm: chosen == Chosen::Kvm,
+        format: options.format,
         why,
         mem: options.mem,
         files,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `dedup`: identical pages of running guests are merged, and repointed through `change_pte`.
 //!
-//! Guests are threads (vCPUs and devices) that reach their memory only by walking their guest's EPT-format table; or their
-//! vCPUs are on KVM, and devices walk the table. A merger looks for pages of equal contents in all guests, keeps one copy in a
+//! Guests are threads (vCPUs and devices) that reach their memory only by walking their guest's table, of any format; or
+//! their vCPUs are on KVM, and devices walk the table. A merger looks for pages of equal contents in all guests, keeps one copy in a
 //! *store* and gives the others' memory back to the host, while the guests run, write and check what they read.
 //!
 //! ```text
@@ -55,3 +55,4 @@ pub use images::ImageError;
 pub use job::{run, run_on};
 pub use quiet::{Quiet, Ram, merge_quietly, merge_with_ksm};
 pub use report::{Report, Sample};
+pub use table::TableFormat;

@@ -28,6 +28,7 @@ use super::{
     memory::{PAGE, host_address},
     merger::Merger,
     store::{Store, fingerprint},
+    table::TableFormat,
     tally::Tally,
     vcpu::Pace,
 };
@@ -146,7 +147,8 @@ pub fn merge_quietly(options: &Options, ram: Ram, interrupt: &AtomicBool) -> Res
         };
         let pace = Pace::new(options.guests, options.pages());
         let safety = Safety::Safe;
-        let common = Run { images: &images, store: &store, tally: &tally, safety, pace, interrupt };
+        let format = TableFormat::default();
+        let common = Run { images: &images, store: &store, tally: &tally, format, safety, pace, interrupt };
         let guest = Guest::new(home, &layout, &common)?;
         guest.prefetch_all()?;
         stills.push(Still::new(guest.home.memory(), &images, layout)?);

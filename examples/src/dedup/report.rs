@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::{
     cli::{MergeMode, Safety},
-    table::RawEntry,
+    table::{RawEntry, TableFormat},
 };
 
 /// A raw entry of a guest's table, before and after its page was merged. Numbers are in hexadecimal.
@@ -102,6 +102,8 @@ pub struct Report {
 pub(crate) struct Details {
     pub(crate) safety: Safety,
     pub(crate) kvm: bool,
+    /// The tables' format, where it was asked for.
+    pub(crate) format: Option<TableFormat>,
     /// Why this back end, where that was left open.
     pub(crate) why: Option<String>,
     pub(crate) mem: u64,
@@ -203,6 +205,9 @@ impl fmt::Display for Report {
                 format!("{}, {}, {}", ms(self.elapsed_ms), ms(self.cpu_ms), ms(self.merger_cpu_ms)),
             ),
         ];
+        if let Some(format) = d.format {
+            rows.insert(1, ("tables", format.word().into()));
+        }
         if d.kvm {
             let faults = self.kvm_page_faults.map_or("not counted".into(), |faults| faults.to_string());
             let exits = self.kvm_exits.unwrap_or_default();

@@ -66,8 +66,7 @@ Examples:
   $ spte dump --format ept --root 0 table.img
 
   The root of an arm64 guest with 40 bits is two tables of 4K side by side; the second has a block here:
-  $ printf '\\375\\007' | dd of=stage2.img bs=1 seek=4096 2>/dev/null
-  $ head -c 4094 /dev/zero >>stage2.img
+  $ printf '\\375\\007' | cat - /dev/zero | head -c 4096 | cat table.img - | tail -c 8192 >stage2.img
   $ spte dump --format arm64-s2 --root 0 stage2.img
 
   The first image as memory that begins at 4G has it: the link leads out of the image now.
@@ -119,8 +118,7 @@ struct SetupArgs {
     /// Bits of an output address [default: 52, arm64-s2: 48]
     #[arg(long, value_name = "N")]
     pa_bits: Option<u32>,
-    /// Levels of the table: of x86 4 or 5 [default: 4, or 5 where the guest's addresses need them], of arm64-s2 2 to 5
-    /// [default: as few as 16 tables side by side at the root allow, but 2]
+    /// Levels of the table [default: 4, or 5 where the guest's addresses need them; arm64-s2: as few as there can be]
     #[arg(long, value_name = "N")]
     levels: Option<u8>,
     /// Hardware sets accessed and dirty [default: on, arm64-s2: off]

@@ -87,6 +87,92 @@ fn a_table_is_printed_as_hardware_reads_it() {
     assert_eq!(json.lines().count(), 12);
 }
 
+/// Somebody else's stage 2, as Linux lays it out: 40 bits are two tables of 4K side by side.
+#[test]
+fn a_root_of_several_tables_is_one_table() {
+    // Pages 0 and 1 are the root, 2 and 3 tables below, 4 is a root above.
+    let entries = [
+        (0, 1, 0x3000_2003),
+        (0, 511, 0x0040_00ff_c000_07c5),
+        (1, 0, 0x9_4000_07fd),
+        (1, 511, 0x3000_2003),
+        (2, 3, 0x3000_3003),
+        (2, 511, 0x0040_0000_0020_077d),
+        (3, 0, 0x0180_0000_8000_17ff),
+        (3, 511, 0x0000_0000_8000_2777),
+        (3, 510, 0x5000_0000_0000_7000),
+        (4, 0, 0x3000_0003),
+        (4, 1, 0x3000_1003),
+    ];
+    let image = Image::new(&pages(5, &entries));
+    let below = |base: u64| {
+        format!(
+            "L2 {:#x} 0000000000000003\nL3 {:#x} 00000000800017ff\nL3 {:#x} 0000000000000000\nL3 {:#x} 0000000080002777\n\
+             L2 {:#x} 004000000020077d\n",
+            base + 0x60_0000,
+            base + 0x60_0000,
+            base + 0x7f_e000,
+            base + 0x7f_f000,
+            base + 0x3fe0_0000,
+        )
+    };
+    assert_eq!(
+        image.dump("arm64-s2 --root 0x30000000 --base 0x30000000"),
+        (
+            0,
+            format!(
+                "L1 0x40000000 0000000000000003\n{}L1 0x7fc0000000 004000ffc00007c5\n\
+                 L1 0x8000000000 00000009400007fd\nL1 0xffc0000000 0000000000000003\n{}end 14\n",
+                below(0x4000_0000),
+                below(0xff_c000_0000),
+            ),
+            String::new()
+        )
+    );
+    // Nothing is masked where it is asked for raw.
+    let raw = image.dump("arm64-s2 --root 0x30000000 --base 0x30000000 --raw").1;
+    assert!(raw.contains("L3 0x40600000 01800000800017ff\nL3 0x407fe000 5000000000007000\n"), "{raw}");
+    // The root is aligned to all of its tables; and 39 bits have one.
+    let (status, out, err) = image.dump("arm64-s2 --root 0x30001000 --base 0x30000000");
+    assert_eq!((status, out.as_str()), (2, ""));
+    assert_eq!(err, "spte: the root 0x30001000 is not aligned to 0x2000 bytes\n");
+    let (status, out, _) = image.dump("arm64-s2 --ipa-bits 39 --root 0x30001000 --base 0x30000000");
+    assert_eq!((status, out.lines().next()), (0, Some("L1 0x0 00000009400007fd")));
+    // Walks that begin a level higher: the same two tables, each behind a link.
+    let (status, out, _) = image.dump("arm64-s2 --levels 4 --root 0x30004000 --base 0x30000000");
+    let rows = |options: &str| {
+        let rows = image.dump(&format!("arm64-s2 {options} --base 0x30000000")).1;
+        rows.lines().map(String::from).filter(|row| row.starts_with('L')).collect::<Vec<_>>()
+    };
+    let mut expected = rows("--root 0x30000000");
+    expected.insert(0, "L0 0x0 0000000000000003".into());
+    expected.insert(8, "L0 0x8000000000 0000000000000003".into());
+    assert_eq!((status, out.lines().last()), (0, Some("end 16")));
+    assert_eq!(rows("--levels 4 --root 0x30004000"), expected);
+}
+
+/// Of the 64K granule, with addresses of 52 bits in links and leaves.
+#[test]
+fn addresses_of_52_bits_are_followed() {
+    const BASE: u64 = 0xf_1234_5678_0000;
+    let mut bytes = vec![0; 2 * 0x1_0000];
+    let mut put = |at: usize, value: u64| bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    // PA[51:48] stands in bits 15:12.
+    put(0, 0x1234_5679_f003);
+    put(8, 0x4000_0000_17fd);
+    put(0x1_0000 + 8 * 8191, 0x8000_1234_f7ff);
+    let image = Image::new(&bytes);
+    let options = format!("arm64-s2 --granule 64k --pa-bits 52 --root {BASE:#x} --base {BASE:#x}");
+    assert_eq!(
+        image.dump(&options),
+        (
+            0,
+            "L2 0x0 0000000000000003\nL3 0x1fff0000 000080001234f7ff\nL2 0x20000000 00004000000017fd\nend 3\n".into(),
+            String::new()
+        )
+    );
+}
+
 #[test]
 fn impossible_entries_are_shown_with_their_rule_and_not_followed() {
     let image = Image::new(&pages(2, &[(0, 0, 0x1002), (0, 1, 0x1087), (0, 2, 0x1007), (1, 0, 0x4000)]));
@@ -154,7 +240,9 @@ proptest! {
 
     #[test]
     fn any_image_is_no_panic(
-        format in prop::sample::select(vec!["ept", "npt", "x86-64", "x86-64-la57"]),
+        format in prop::sample::select(vec![
+            "ept", "npt", "x86-64", "x86-64-la57", "arm64-s2", "arm64-s2 --ipa-bits 48", "arm64-s2 --granule 16k --ipa-bits 36",
+        ]),
         entries in prop::collection::vec((0_usize..6, 0_usize..512, 0_u64..8, any::<u64>(), any::<u64>()), 0..60),
         cut in 0_usize..6 * 4096, noise in prop::collection::vec((0_usize..6 * 4096, any::<u8>()), 0..20),
         root in prop_oneof![4 => (0_u64..6).prop_map(|page| page * 4096), 1 => any::<u64>()],

@@ -36,13 +36,11 @@ fn text(output: &Output) -> String {
     String::from_utf8([&output.stdout[..], &output.stderr[..]].concat()).unwrap()
 }
 
-#[test]
-fn the_readme_shows_what_is_printed() {
-    let readme = include_str!("../README.md");
-    let shell = Shell::new("readme");
+/// Runs the consoles of a page, and compares what they print: how many commands, and of which formats there were scripts.
+fn consoles(shell: &Shell, page: &str) -> (usize, Vec<String>) {
     let mut formats = Vec::new();
     let mut ran = 0;
-    for block in readme.split("```console\n").skip(1) {
+    for block in page.split("```console\n").skip(1) {
         let block = block.split("```").next().unwrap();
         for command in block.split("$ ").skip(1) {
             let (line, expected) = command.split_once('\n').unwrap();
@@ -50,14 +48,30 @@ fn the_readme_shows_what_is_printed() {
                 continue;
             }
             if let Some((_, format)) = line.split_once("spte run --format ") {
-                formats.push(format);
+                formats.push(format.into());
             }
             assert_eq!(text(&shell.run(line)), expected, "{line}");
             ran += 1;
         }
     }
-    assert_eq!(formats, ["ept", "npt", "x86-64", "x86-64-la57"], "one script a format");
-    assert_eq!(ran, 8);
+    (ran, formats)
+}
+
+#[test]
+fn the_readme_shows_what_is_printed() {
+    let shell = Shell::new("readme");
+    let (ran, formats) = consoles(&shell, include_str!("../README.md"));
+    assert_eq!(formats, ["ept", "npt", "x86-64", "x86-64-la57", "arm64-s2"], "one script a format");
+    assert_eq!(ran, 10);
+}
+
+#[test]
+fn the_workspaces_readme_shows_what_is_printed() {
+    let shell = Shell::new("workspace");
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md")).unwrap();
+    let (ran, formats) = consoles(&shell, &page);
+    assert_eq!(formats, ["ept", "npt", "x86-64", "x86-64-la57", "arm64-s2 --granule 16k"], "one script a format");
+    assert_eq!(ran, 5);
 }
 
 #[test]
@@ -78,7 +92,7 @@ fn examples_of_help_can_be_pasted() {
         }
         counts.push(examples.len());
     }
-    assert_eq!(counts, [4, 4, 2, 3, 2]);
+    assert_eq!(counts, [4, 6, 3, 5, 2]);
 }
 
 #[test]

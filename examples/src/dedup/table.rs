@@ -26,7 +26,7 @@ pub enum TableFormat {
     /// Long mode, five levels.
     #[value(name = "x86-64-la57")]
     X86_64La57,
-    /// arm64 stage 2, 4K pages: entries that change their size, or lead elsewhere, are broken before they are made.
+    /// arm64 stage 2 of 4K pages: what changes its size is broken before it is made.
     #[value(name = "arm64-s2")]
     Arm64Stage2,
 }

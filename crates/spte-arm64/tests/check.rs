@@ -159,7 +159,10 @@ fn contiguous_sets_are_where_the_architecture_has_them() {
     assert_eq!(size(&lpa2, 1), None);
     assert_eq!(hardware(&lpa2, 1, 0x77d | 1 << 52), Some(1 << 52), "a level without sets");
     assert_eq!(hardware(&k4, 3, 0x77f | 1 << 52), None);
-    assert_eq!(own(&k4, 3, 0x77f | 1 << 52), Some(1 << 52), "never set by this crate");
+    assert_eq!(own(&k4, 3, 0x77f | 1 << 52), None);
+    let small = stage2(Stage2Options { ipa_bits: 33, start: Start::SingleTable, ..of(Granule::K4) });
+    assert_eq!(small.geometry().level(level(1)).bits, 3);
+    assert_eq!((size(&small, 1), hardware(&small, 1, 0x77d | 1 << 52)), (None, Some(1 << 52)), "too small a root");
 }
 
 #[test]

@@ -60,6 +60,10 @@ pub enum Twin {
     CollapseForgetsFacts,
     /// An entry that was taken away is filled again whether its flush is complete or not.
     RefillUnflushed,
+    /// A dissolved set gives each leaf the facts of its own entry alone.
+    DissolveForgetsFacts,
+    /// Whoever breaks a set takes the members that it finds, whatever became of the first.
+    SetWithoutGate,
 }
 
 #[cfg(loom)]

@@ -132,7 +132,9 @@ impl Stage2 {
             let foreign = raw & !(field | TYPE | VALID | CLAIM);
             return refuse(level, raw, foreign, "a link holds an address and nothing else");
         }
-        refuse(level, raw, raw & CONTIGUOUS, "no leaf of this crate is part of a contiguous set")?;
+        // The engine dissolves a set before it arms a leaf.
+        let armed = raw & CONTIGUOUS != 0 && Self::is_armed(raw);
+        refuse(level, raw, if armed { CONTIGUOUS } else { 0 }, "an armed leaf is in no contiguous set")?;
         if level > Level::LEAF {
             refuse(level, raw, raw & NO_TRANSLATION_CACHING, "no block of this crate is a staging entry")?;
         }

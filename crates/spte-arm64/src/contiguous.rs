@@ -15,10 +15,13 @@
 //! entry's output, type or rights, clearing the bit or setting it, is a change of the set: all entries are broken, the
 //! set's whole span is flushed, all are made. A flush of one entry need not reach the rest.
 //!
-//! No leaf that this crate builds is part of a set (neither are Linux's in stage 2), and [`Format::check`] says so of any
-//! that has the bit. What is here is for reading tables of others.
+//! The engine does that ([`spte_core::sets`]): it makes sets where a whole table is made and [`MapOptions::sets`] asks for
+//! them, and by [`Table::fold`]; whatever changes one entry dissolves its set. Linux has none in stage 2.
 //!
-//! [`Format::check`]: spte_core::format::Format::check
+//! A table with fewer entries than a set (a small root) has none.
+//!
+//! [`MapOptions::sets`]: spte_core::MapOptions::sets
+//! [`Table::fold`]: spte_core::Table::fold
 
 use spte_core::format::{EntryError, Format, Kind, Level};
 
@@ -39,7 +42,7 @@ pub struct ContiguousSet {
 }
 
 impl Stage2 {
-    /// The sets of leaves at `level`, if it has any.
+    /// The sets of leaves at `level`, if its tables have any.
     pub fn contiguous(&self, level: Level) -> Option<ContiguousSet> {
         if !self.has_leaves(level) {
             return None;
@@ -50,6 +53,9 @@ impl Stage2 {
             (Granule::K16 | Granule::K64, 2) | (Granule::K64, 3) => 32,
             _ => return None,
         };
+        if u32::from(entries) > 1 << self.geometry().level(level).bits {
+            return None;
+        }
         Some(ContiguousSet { entries, bytes: u64::from(entries) << self.shift(level) })
     }
 

@@ -276,7 +276,7 @@ impl Stage2 {
         }
     }
 
-    fn is_armed(raw: u64) -> bool {
+    pub(crate) fn is_armed(raw: u64) -> bool {
         raw & (UPGRADABLE | DBM | WRITE) == UPGRADABLE
     }
 
@@ -540,6 +540,29 @@ impl Format for Stage2 {
 
     fn equal_contents_transition(&self, level: Level, old: u64, new: u64) -> Transition {
         self.change(level, old, new, true)
+    }
+
+    /// Sets by the Contiguous bit, where a table has room for one.
+    fn set_shift(&self, level: Level) -> u8 {
+        self.contiguous(level).map_or(0, |set| set.entries.trailing_zeros() as u8)
+    }
+
+    fn in_set(&self, _level: Level, raw: u64) -> bool {
+        raw & CONTIGUOUS != 0
+    }
+
+    fn set_member(&self, level: Level, first: u64, index: usize) -> Option<u64> {
+        let set = self.contiguous(level)?;
+        let begin = self.output(level, first);
+        if begin & (set.bytes - 1) != 0 || index >= usize::from(set.entries) {
+            return None;
+        }
+        let output = begin + ((index as u64) << self.shift(level));
+        Some((first & !self.layout.field(self.shift(level))) | self.layout.put(output) | CONTIGUOUS)
+    }
+
+    fn unmarked(&self, _level: Level, raw: u64) -> u64 {
+        raw & !CONTIGUOUS
     }
 
     /// A TLB that still has the old translation when the new one is made holds both: break-before-make is break, flush, make.

@@ -49,6 +49,14 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                     continue;
                 }
             }
+            if self.is_member(cell.level, raw) {
+                // The page leaves its set, or all of the set is gone.
+                if self.dissolve(&cell, false).is_err() {
+                    outcome = PageOutcome::Zapped { found: None };
+                    cursor.pass(&cell);
+                }
+                continue;
+            }
             if !cursor.covers(&cell) {
                 // A larger leaf over the page is split, or else removed whole.
                 if let Ok(Split::LookAgain) = self.split_cell(&cell, raw, false) {

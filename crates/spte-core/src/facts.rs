@@ -3,11 +3,11 @@
 
 use alloc::vec::Vec;
 
-use notifier_core::{AddrRange, Gpa, GpaRange};
+use notifier_core::{AddrRange, Gpa, GpaRange, primitive::Backoff};
 
 use crate::{
     batch::{Batch, FlushFailed},
-    entry::{View, view},
+    entry::{Cell, View, view},
     flush::Flush,
     format::{Format, Kind},
     pages::PageSource,
@@ -33,8 +33,8 @@ pub enum HarvestError {
 }
 
 impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
-    /// Makes every leaf with a byte in `range` old; how many were young. A larger leaf that lies only partly in the range
-    /// ages as a whole.
+    /// Makes every leaf with a byte in `range` old; how many were young. A larger leaf, or a [set](crate::sets), that lies
+    /// only partly in the range ages as a whole; the members of a set are young if one is.
     ///
     /// Waits for nothing, not even claims: a leaf that is just being changed may be passed over.
     ///
@@ -43,46 +43,63 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     pub fn age(&self, range: GpaRange) -> Result<u64, FlushFailed> {
         let mut batch = Batch::new(self);
         let young = self.for_leaves(range, |cell, raw| {
-            let format = &self.format;
-            let mut raw = raw;
-            while format.kind(cell.level, raw) == Kind::Leaf && format.is_young(cell.level, raw) {
-                if cell.mirror.is_some() && raw & format.claim_bit() != 0 {
-                    return false;
-                }
-                let old = format.make_old(cell.level, raw);
-                let transition = format.transition(cell.level, raw, old);
-                if transition.flush {
-                    batch.owe();
-                }
-                match cell.replace(format, raw, old) {
-                    Ok(()) => {
-                        if transition.flush {
-                            batch.add(cell.start, cell.span, Some(cell.level), false);
-                        }
-                        return true;
-                    }
-                    Err(found) => raw = found,
-                }
+            if !self.is_member(cell.level, raw) {
+                return u64::from(self.age_cell(cell, raw, &mut batch));
             }
-            false
+            // A set ages as one: with its first member in the range, which answers for the others.
+            let set = cell.span << self.format.set_shift(cell.level);
+            let (start, first) = (cell.start & !(set - 1), range.start().as_u64());
+            if cell.start != start && cell.start > first {
+                return 0;
+            }
+            let mut young = self.age_cell(cell, raw, &mut batch);
+            self.for_others(cell, |other, raw| young |= self.age_cell(other, raw, &mut batch));
+            let members = (start.saturating_add(set).min(range.end().as_u64()) - cell.start).div_ceil(cell.span);
+            if young { members } else { 0 }
         });
         batch.finish(false)?;
         Ok(young)
     }
 
-    /// How many leaves with a byte in `range` are young. Changes nothing.
-    pub fn test_age(&self, range: GpaRange) -> u64 {
-        self.for_leaves(range, |cell, raw| self.format.is_young(cell.level, raw))
+    /// Makes one leaf old. Whether it was young.
+    fn age_cell(&self, cell: &Cell<'_>, mut raw: u64, batch: &mut Batch<'_, F, P, X>) -> bool {
+        let format = &self.format;
+        while format.kind(cell.level, raw) == Kind::Leaf && format.is_young(cell.level, raw) {
+            if cell.mirror.is_some() && raw & format.claim_bit() != 0 {
+                return false;
+            }
+            let old = format.make_old(cell.level, raw);
+            let transition = format.transition(cell.level, raw, old);
+            if transition.flush {
+                batch.owe();
+            }
+            match cell.replace(format, raw, old) {
+                Ok(()) => {
+                    if transition.flush {
+                        batch.add(cell.start, cell.span, Some(cell.level), false);
+                    }
+                    return true;
+                }
+                Err(found) => raw = found,
+            }
+        }
+        false
     }
 
-    /// Counts the leaves for which `question` says yes.
-    fn for_leaves(&self, range: GpaRange, mut question: impl FnMut(&crate::entry::Cell<'_>, u64) -> bool) -> u64 {
+    /// How many leaves with a byte in `range` are young. Changes nothing.
+    pub fn test_age(&self, range: GpaRange) -> u64 {
+        let young = |level, raw| self.format.is_young(level, raw);
+        self.for_leaves(range, |cell, raw| u64::from(self.leaf_or_set(cell, raw, young)))
+    }
+
+    /// Adds up what `question` says of each leaf.
+    fn for_leaves(&self, range: GpaRange, mut question: impl FnMut(&Cell<'_>, u64) -> u64) -> u64 {
         let Some(range) = self.clip(range) else { return 0 };
         let pin = self.space.pin();
         let mut count = 0;
         self.look(&pin, range, |cell, raw| {
             if self.format.kind(cell.level, raw) == Kind::Leaf {
-                count += u64::from(question(cell, raw));
+                count += question(cell, raw);
             }
         });
         count
@@ -105,7 +122,20 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let mut batch = Batch::new(self);
         let mut cursor = self.cursor(&pin, range);
         while let Some((cell, raw)) = cursor.next(|_| false) {
-            if view(format, cell.level, raw) == View::Leaf && format.is_dirty(cell.level, raw) {
+            if view(format, cell.level, raw) == View::Leaf && self.is_member(cell.level, raw) {
+                match self.set_is_dirty(&cell) {
+                    Some(false) => {}
+                    // Written somewhere: then each page of the set may be what was written.
+                    Some(true) => match self.dissolve(&cell, false) {
+                        Ok(()) => continue,
+                        Err(source) => return Err(HarvestError::Flush { dirty, source }),
+                    },
+                    None => {
+                        Backoff::new().snooze();
+                        continue;
+                    }
+                }
+            } else if view(format, cell.level, raw) == View::Leaf && format.is_dirty(cell.level, raw) {
                 let clean = format.make_clean(cell.level, raw);
                 let transition = format.transition(cell.level, raw, clean);
                 if transition.flush {

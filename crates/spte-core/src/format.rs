@@ -382,6 +382,34 @@ pub trait Format: Send + Sync + 'static {
     /// `into`, with the accessed and dirty facts of `from` added; both are leaves, of levels that may differ.
     fn merge_facts(&self, into_level: Level, into: u64, from_level: Level, from: u64) -> u64;
 
+    /// log2 of how many leaves of `level`, in a row in one table, may be marked as a set that hardware may hold as one
+    /// (see [`sets`](crate::sets)); 0 where there are no sets. A set begins at a multiple of its own span, and is
+    /// no larger than a table.
+    fn set_shift(&self, level: Level) -> u8 {
+        let _ = level;
+        0
+    }
+
+    /// Whether the leaf is marked as a member of a set. Everything but [`Format::unmarked`], [`Format::split`] and
+    /// [`Format::collapse`], which make leaves of their own, keeps the mark.
+    fn in_set(&self, level: Level, raw: u64) -> bool {
+        let _ = (level, raw);
+        false
+    }
+
+    /// The `index`-th member, marked, of the set whose first leaf is `first` (marked or not), with its facts; `None` where
+    /// no set can begin with it.
+    fn set_member(&self, level: Level, first: u64, index: usize) -> Option<u64> {
+        let _ = (level, first, index);
+        None
+    }
+
+    /// The leaf as one of its own, in no set.
+    fn unmarked(&self, level: Level, raw: u64) -> u64 {
+        let _ = level;
+        raw
+    }
+
     /// How the live entry `old` may become `new`, when what both translate to may differ.
     ///
     /// From a leaf to a link this is a split: every address translates the same before and after. Hardware whose

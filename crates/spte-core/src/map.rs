@@ -35,6 +35,9 @@ pub struct MapOptions<A> {
     pub largest: u64,
     /// Refuse to touch what is present, instead of raising its rights.
     pub only_absent: bool,
+    /// Mark leaves as [sets](crate::sets) where whole tables are made, and the format has sets. Not where writing is
+    /// armed or the slot logs.
+    pub sets: bool,
 }
 
 impl<A: Default> Default for MapOptions<A> {
@@ -48,6 +51,7 @@ impl<A: Default> Default for MapOptions<A> {
             armed: false,
             largest: u64::MAX,
             only_absent: false,
+            sets: false,
         }
     }
 }
@@ -92,6 +96,13 @@ impl<A> MapOptions<A> {
     #[must_use]
     pub fn accessed(mut self, accessed: bool) -> Self {
         self.accessed = accessed;
+        self
+    }
+
+    /// With leaves marked as sets, where that can be had for nothing.
+    #[must_use]
+    pub fn sets(mut self, sets: bool) -> Self {
+        self.sets = sets;
         self
     }
 
@@ -199,6 +210,8 @@ struct Step<A> {
     spec: LeafSpec<A>,
     /// Largest level that the options, the slot and the table's shape allow.
     largest: Level,
+    /// Leaves of new tables are marked as sets.
+    sets: bool,
 }
 
 impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
@@ -232,6 +245,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 largest = above;
             }
         }
+        let sets = options.sets && !options.armed && !logged;
         let mut mapped = Mapped::default();
         for extent in admission.extents() {
             let spec = LeafSpec {
@@ -242,7 +256,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 dirty: options.dirty,
                 attrs: options.attrs,
             };
-            self.map_extent(admission, extent, Step { spec, largest }, &mut mapped)?;
+            self.map_extent(admission, extent, Step { spec, largest, sets }, &mut mapped)?;
         }
         Ok(mapped)
     }
@@ -288,7 +302,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             let wanted = self.fitting(cursor.at, wants, cursor.end, largest);
             let Some((cell, raw)) = cursor.next(|cell| cell.level == wanted) else { return Ok(()) };
             let at = Gpa::new(cursor.at);
-            let step = Step { spec: LeafSpec { output: wants, ..step.spec }, largest };
+            let step = Step { spec: LeafSpec { output: wants, ..step.spec }, largest, ..step };
             match view(format, cell.level, raw) {
                 View::Leaf => {
                     if self.raise(admission, &cell, raw, at, &step.spec, &cursor, mapped)? {
@@ -413,6 +427,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let (first, end) = (part.start().as_u64(), part.end().as_u64());
         let mut at = first;
         let mut leaves = 0;
+        // The first leaf of the set that is being made, where it began, and where it ends.
+        let mut set = (0, 0, 0);
         let top: Node<'_> = private.detached_node(base);
         let mut path: [Option<Node<'_>>; crate::format::MAX_LEVELS] = [None; crate::format::MAX_LEVELS];
         path[usize::from(top.level.get()) - 1] = Some(top);
@@ -432,7 +448,16 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 path[usize::from(node.level.get()) - 1] = Some(node);
             }
             let cell = node.cell_at(at);
-            fill(format, &cell, format.leaf(level, &LeafSpec { output: wants, ..step.spec })?);
+            let mut leaf = format.leaf(level, &LeafSpec { output: wants, ..step.spec })?;
+            let set_span = cell.span << format.set_shift(level);
+            if step.sets && set_span > cell.span && at & (set_span - 1) == 0 && end - at >= set_span {
+                set = (leaf, at, at + set_span);
+            }
+            if at < set.2 {
+                let index = ((at - set.1) / cell.span) as usize;
+                leaf = format.set_member(level, set.0, index).unwrap_or(leaf);
+            }
+            fill(format, &cell, leaf);
             leaves += 1;
             at = cell.end();
         }
@@ -475,11 +500,16 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 if cell.replace(format, raw, format.make_young(cell.level, raw)).is_err() {
                     return Ok(false);
                 }
+                self.rejuvenate_others(cell, raw);
                 mapped.raised += 1;
             } else {
                 mapped.already += 1;
             }
             return Ok(true);
+        }
+        if self.is_member(cell.level, raw) {
+            self.dissolve(cell, false).map_err(|source| MapError::Flush { at, source })?;
+            return Ok(false);
         }
         if !cursor.covers(cell) {
             // Rights rise only where they were resolved.
@@ -493,12 +523,14 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let new = format
             .leaf(cell.level, &LeafSpec { access, armed, accessed: spec.accessed || wanted.accessed, ..spec })
             .map_err(|source| MapError::Format { at, source })?;
-        let raised = self.publish_over(admission, cell, raw, new, at)?;
+        let mut batch = Batch::new(self);
+        let raised = self.publish_over(admission, cell, raw, new, at, &mut batch)?;
+        batch.finish(false).map_err(|source| MapError::Flush { at, source })?;
         mapped.raised += u64::from(raised);
         Ok(raised)
     }
 
-    /// Puts a leaf with more rights over the leaf `raw`. `false`: look again.
+    /// Puts a leaf with other rights over the leaf `raw`; what is to be flushed goes into `batch`. `false`: look again.
     fn publish_over(
         &self,
         admission: &Admission<'_>,
@@ -506,32 +538,19 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         raw: u64,
         new: u64,
         at: Gpa,
+        batch: &mut Batch<'_, F, P, X>,
     ) -> Result<bool, MapError> {
         let format = &self.format;
         let span = AddrRange::with_len(Gpa::new(cell.start), cell.span)
             .map_err(|_| self.outside(admission, admission.range()))?;
         let transition = format.transition(cell.level, raw, new);
-        let mut batch = Batch::new(self);
-        if transition.flush || transition.break_first {
+        if transition.break_first {
+            return self.break_over(admission, cell, raw, new, at, span);
+        }
+        if transition.flush {
             batch.owe();
         }
-        let Some(mut claim) = cell.claim(format, raw) else { return Ok(false) };
-        if transition.break_first {
-            // The one case in which a claim is held across a flush.
-            let old = claim.take_away(format);
-            batch.add(cell.start, cell.span, Some(cell.level), false);
-            if let Err(source) = batch.finish(false) {
-                claim.publish(format, format.absent());
-                self.report_leaf(cell, old);
-                return Err(MapError::Flush { at, source });
-            }
-            if let Err(refused) = self.admitted(admission, span) {
-                claim.give_back(format);
-                return Err(self.refused(admission, refused, span));
-            }
-            claim.publish(format, new);
-            return Ok(true);
-        }
+        let Some(claim) = cell.claim(format, raw) else { return Ok(false) };
         if let Err(refused) = self.admitted(admission, span) {
             claim.give_back(format);
             return Err(self.refused(admission, refused, span));
@@ -540,7 +559,35 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         if transition.flush {
             batch.add(cell.start, cell.span, Some(cell.level), false);
         }
-        batch.finish(false).map_err(|source| MapError::Flush { at, source })?;
+        Ok(true)
+    }
+
+    /// As above, where the old leaf has to be broken first: the claim is held across its flush.
+    fn break_over(
+        &self,
+        admission: &Admission<'_>,
+        cell: &Cell<'_>,
+        raw: u64,
+        new: u64,
+        at: Gpa,
+        span: GpaRange,
+    ) -> Result<bool, MapError> {
+        let format = &self.format;
+        let mut batch = Batch::new(self);
+        batch.owe();
+        let Some(mut claim) = cell.claim(format, raw) else { return Ok(false) };
+        let old = claim.take_away(format);
+        batch.add(cell.start, cell.span, Some(cell.level), false);
+        if let Err(source) = batch.finish(false) {
+            claim.publish(format, format.absent());
+            self.report_leaf(cell, old);
+            return Err(MapError::Flush { at, source });
+        }
+        if let Err(refused) = self.admitted(admission, span) {
+            claim.give_back(format);
+            return Err(self.refused(admission, refused, span));
+        }
+        claim.publish(format, new);
         Ok(true)
     }
 
@@ -560,6 +607,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let pin = self.space.pin();
         let mut cursor = self.cursor(&pin, range);
         let mut mapped = Mapped::default();
+        let mut batch = Batch::new(self);
         while let Some((cell, raw)) = cursor.next(|_| false) {
             let at = Gpa::new(cell.start.max(cursor.at));
             if view(format, cell.level, raw) != View::Leaf {
@@ -577,6 +625,10 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 cursor.pass(&cell);
                 continue;
             }
+            if self.is_member(cell.level, raw) {
+                self.dissolve(&cell, false).map_err(|source| MapError::Flush { at, source })?;
+                continue;
+            }
             if !cursor.covers(&cell) {
                 match self.split_cell(&cell, raw, false) {
                     Ok(crate::shape::Split::LookAgain) => continue,
@@ -585,11 +637,13 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                     Err(CannotSplit::Flush(source)) => return Err(MapError::Flush { at, source }),
                 }
             }
-            if self.publish_over(admission, &cell, raw, new, at)? {
+            if self.publish_over(admission, &cell, raw, new, at, &mut batch)? {
                 mapped.raised += 1;
                 cursor.pass(&cell);
             }
         }
+        // One flush for all. (An error on the way flushes what was changed before it.)
+        batch.finish(false).map_err(|source| MapError::Flush { at: range.end(), source })?;
         Ok(mapped)
     }
 
@@ -610,7 +664,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     fn upgrade_cell(&self, cell: &Cell<'_>, mut raw: u64) -> Upgrade {
         let format = &self.format;
         while view(format, cell.level, raw) == View::Leaf {
-            let Some(new) = format.upgrade(cell.level, raw) else {
+            // (Armed leaves are in no set: what is upgraded changes alone.)
+            let Some(new) = format.upgrade(cell.level, raw).filter(|_| !self.is_member(cell.level, raw)) else {
                 let spec = format.spec(cell.level, raw);
                 return if spec.access.writable() && !spec.armed { Upgrade::Already } else { Upgrade::No };
             };

@@ -156,6 +156,10 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 cursor.pass(&cell);
                 continue;
             }
+            if self.is_member(cell.level, raw) {
+                self.must_dissolve(&cell, partly)?;
+                continue;
+            }
             if self.must_split(&cursor, &cell, raw, partly)? {
                 continue;
             }
@@ -178,6 +182,16 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             cursor.pass(&cell);
         }
         Ok(removed)
+    }
+
+    /// Dissolves the set that the leaf in `cell` is a member of.
+    fn must_dissolve(&self, cell: &Cell<'_>, partly: Partly) -> Result<(), RemoveError> {
+        let at = Gpa::new(cell.start);
+        match (self.dissolve(cell, partly == Partly::Whole { nonblocking: true }), partly) {
+            // Inside a window: the leaves are gone, and the flush is owed, which whoever opened it inherits.
+            (Ok(()), _) | (Err(_), Partly::Whole { .. }) => Ok(()),
+            (Err(source), Partly::Fail) => Err(RemoveError::Flush { at, source }),
+        }
     }
 
     /// Splits a leaf that lies only partly in the range. Whether to look again.
@@ -231,6 +245,19 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                             continue;
                         }
                     }
+                }
+                View::Leaf if self.is_member(cell.level, raw) => {
+                    let span = cell.span << format.set_shift(cell.level);
+                    let first = cell.start & !(span - 1);
+                    if cursor.at <= first && first.saturating_add(span) <= end {
+                        let set = self.remove_set(&cell, batch);
+                        removed.leaves += set.leaves;
+                        removed.young += set.young;
+                        removed.dirty += set.dirty;
+                    } else {
+                        self.must_dissolve(&cell, partly)?;
+                    }
+                    continue;
                 }
                 View::Leaf => {
                     if self.must_split(&cursor, &cell, raw, partly)? {

@@ -22,7 +22,7 @@ use crate::{
     batch::{Batch, FlushFailed},
     entry::{Cell, Claim, View, view},
     flush::Flush,
-    format::{Format, Level},
+    format::{Format, Kind, Level},
     pages::{OutOfPages, PageSource},
     table::{Node, Private, Table, TableRangeError, fill},
 };
@@ -117,7 +117,7 @@ pub(crate) enum Unlink {
 }
 
 impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
-    /// Splits every leaf in `range` down to the smallest pages.
+    /// Splits every leaf in `range` down to the smallest pages, and dissolves [sets](crate::sets).
     ///
     /// # Errors
     /// See [`SplitError`].
@@ -128,6 +128,10 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         while let Some((cell, raw)) = cursor.next(|_| false) {
             if view(&self.format, cell.level, raw) == View::Leaf {
                 let at = Gpa::new(cell.start);
+                if self.is_member(cell.level, raw) {
+                    self.dissolve(&cell, false).map_err(|source| SplitError::Flush { at, source })?;
+                    continue;
+                }
                 match self.split_cell(&cell, raw, false) {
                     Ok(Split::LookAgain) => continue,
                     Ok(Split::Smallest) => {}
@@ -171,6 +175,10 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let format = &self.format;
         let geometry = self.geometry();
         let Some(below) = cell.level.below() else { return Ok(Split::Smallest) };
+        if self.is_member(cell.level, raw) {
+            self.dissolve(cell, nonblocking).map_err(CannotSplit::Flush)?;
+            return Ok(Split::LookAgain);
+        }
         // A format may have levels without leaves in between: then what is split has leaves two levels down. No format has
         // that yet; such a leaf is taken for the smallest.
         if !geometry.level(below).leaf {
@@ -328,10 +336,13 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                     }
                 }
                 if let Ok(was) = child.kill(format, old) {
-                    if format.kind(child.level, was) == crate::format::Kind::Leaf {
+                    if format.kind(child.level, was) == Kind::Leaf {
                         leaves = Some(child.level);
                         if format.is_dirty(child.level, was) {
-                            facts.insert(index);
+                            // In a set a write to any page may be recorded in any member.
+                            let set = if self.is_member(child.level, was) { format.set_shift(child.level) } else { 0 };
+                            let first = index >> set << set;
+                            (first..first + (1 << set)).for_each(|index| facts.insert(index));
                         }
                     } else if self.late_bits(child.level, was) != 0 {
                         facts.insert(index);
@@ -387,7 +398,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         Ok(count)
     }
 
-    /// The leaf that a table's first entry promises, if it is a leaf that can be merged.
+    /// The leaf that a table's first entry promises, if it is a leaf that can be merged. Whether it is a member of a
+    /// set matters not: all of the table's sets go at once.
     fn merged(&self, level: Level, first: u64) -> Option<u64> {
         let format = &self.format;
         let below = level.below()?;
@@ -400,6 +412,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     /// Whether `raw`, the `index`-th child, is what splitting `merged` would make it, facts aside.
     fn is_part(&self, level: Level, merged: u64, index: usize, raw: u64) -> bool {
         let ignored = self.format.hardware_bits() | self.format.claim_bit();
+        let Some(below) = level.below() else { return false };
+        let raw = if self.format.kind(below, raw) == Kind::Leaf { self.format.unmarked(below, raw) } else { raw };
         (self.format.split(level, merged, index) ^ raw) & !ignored == 0
     }
 

@@ -318,6 +318,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 let new = format.make_young(cell.level, raw);
                 match if new == raw { Ok(()) } else { cell.replace(format, raw, new) } {
                     Ok(()) => {
+                        self.rejuvenate_others(cell, raw);
                         young = true;
                         return;
                     }

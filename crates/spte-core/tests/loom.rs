@@ -5,8 +5,8 @@
 //! RUSTFLAGS="--cfg loom --cfg crossbeam_loom" cargo test -p spte-core --release --test loom -- --nocapture
 //! ```
 //!
-//! Two threads each, over a format with one index bit a level ([`tiny`]). Every model is explored completely: no bound on
-//! preemptions, no bound on time. Each is run with the shipped code, which must hold in every execution, and with
+//! Two threads each, over a format with one index bit a level ([`tiny`]). Models are explored completely, with no bound on time and none
+//! on preemptions, but for three that say so (`preemptions`). Each is run with the shipped code, which must hold in every execution, and with
 //! its broken twins, each of which leaves one thing out and must break the assertion named here and no other. In the
 //! last column stands how many executions there were.
 //!
@@ -29,6 +29,10 @@
 //! | `collapse_against_window`, with a claim bit | `collapse_cell`; opening, `zap_range`, `split_cell` | `ZapSkipsClaim` | `nothing_is_mapped_inside_a_zapped_window` | 243 245 |
 //! | `collapse_against_window`, without | the same, and `collapse_broken` | `ZapSkipsClaim` | `nothing_is_mapped_inside_a_zapped_window` | 483 252 |
 //! | `collapse_against_walker`, with a claim bit and without | `collapse_cell`, `collapse_broken`; `translate` | `CollapseForgetsFacts` | `no_dirty_fact_is_lost_in_a_collapse` | 11 683, 6 395 |
+//! | `dissolve_against_hardware` | `dissolve`, `zap_range`; hardware that records in another member | `DissolveForgetsFacts` | `no_write_through_a_set_is_lost` | 726 |
+//! | `dissolve_from_both_ends` | `dissolve`, twice | none: that it ends is what it says | | 20 622 |
+//! | `dissolve_against_unlinking` | `dissolve`; `unlink` with leaves | `SetWithoutGate` | `no_write_through_a_set_is_lost` | 204 581 |
+//! | `fold_against_window` | `fold_set`; opening, `zap_range` | `ZapSkipsClaim` | `nothing_is_mapped_inside_a_zapped_window` | 9 214 |
 //!
 //! How a model here is kept from passing for nothing:
 //!
@@ -58,6 +62,8 @@ mod tiny;
 
 #[path = "loom/flushes.rs"]
 mod flushes;
+#[path = "loom/sets.rs"]
+mod sets;
 #[path = "loom/shape.rs"]
 mod shape;
 #[path = "loom/teardown.rs"]

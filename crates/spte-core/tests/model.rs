@@ -3,20 +3,15 @@
 //! dirty: elsewhere the model knows only of writes that were logged, and the engine takes what is writable for dirty.)
 
 mod common;
-// One driver for all formats.
-#[path = "../../spte-x86/tests/common/driver.rs"]
-mod driver;
 
 use common::{Tiny, flavours};
-use driver::{Driven, agree};
 use proptest::prelude::*;
 use spte_core::format::{Geometry, Level};
+use spte_drive::{Driven, agree};
 use spte_model::{Access, MemType, Shape};
 
-impl Driven for Tiny {
-    fn attrs(mem: MemType) -> Option<u8> {
-        MemType::ALL.iter().position(|known| *known == mem).map(|index| index as u8)
-    }
+fn attrs(mem: MemType) -> Option<u8> {
+    MemType::ALL.iter().position(|known| *known == mem).map(|index| index as u8)
 }
 
 fn shape(geometry: &Geometry) -> Shape {
@@ -32,6 +27,9 @@ fn every_flavour_does_as_the_model() {
         let shape = shape(&format.geometry);
         let ops = spte_model::strategy::ops(&shape, 0..200);
         let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
-        proptest!(config, |(ops in ops)| agree(format, shape.clone(), &ops));
+        proptest!(config, |(ops in ops)| {
+            let driven = Driven { format, shape: shape.clone(), attrs };
+            agree(driven, &ops).map_err(|wrong| TestCaseError::fail(wrong.to_string()))?;
+        });
     }
 }

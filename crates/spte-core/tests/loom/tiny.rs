@@ -17,7 +17,9 @@ const LINK: u64 = 1 << 62;
 const CLAIM: u64 = 1 << 61;
 const ARMED: u64 = 1 << 60;
 const ACCESSED: u64 = 1 << 59;
-const DIRTY: u64 = 1 << 58;
+pub(crate) const DIRTY: u64 = 1 << 58;
+/// The two leaves of a table are a set.
+const SET: u64 = 1 << 57;
 /// Three bits of rights: those granted and, with `ARMED`, writing that is withheld.
 const RIGHTS: u32 = 52;
 const ADDRESS: u64 = (1 << 52) - 1;
@@ -30,11 +32,13 @@ pub(crate) struct Tiny {
     claim_bit: u64,
     /// What was taken away is flushed before anything is made in its place.
     flushes_before_refill: bool,
+    /// log2 of a set's leaves.
+    set_shift: u8,
 }
 
 impl Tiny {
     fn new(levels: &[LevelShape], claim_bit: u64) -> Self {
-        Self { geometry: Geometry::new(levels).unwrap(), claim_bit, flushes_before_refill: false }
+        Self { geometry: Geometry::new(levels).unwrap(), claim_bit, flushes_before_refill: false, set_shift: 0 }
     }
 
     /// A root with two leaves. Present entries are claimed by a bit.
@@ -52,10 +56,20 @@ impl Tiny {
         Self { flushes_before_refill: true, ..Self::flat() }
     }
 
+    /// As [`Tiny::flat_that_breaks`]; the two leaves may be a set.
+    pub(crate) fn flat_with_a_set() -> Self {
+        Self { set_shift: 1, ..Self::flat_that_breaks() }
+    }
+
     /// A root with two links, to tables of two leaves.
     pub(crate) fn deep() -> Self {
         let leaves = LevelShape { shift: 12, bits: 1, leaf: true };
         Self::new(&[leaves, LevelShape { shift: 13, bits: 1, leaf: false }], CLAIM)
+    }
+
+    /// As [`Tiny::deep`], where the leaves of a table may be a set.
+    pub(crate) fn deep_with_sets() -> Self {
+        Self { flushes_before_refill: true, set_shift: 1, ..Self::deep() }
     }
 
     /// As [`Tiny::deep`], with leaves of two pages in the root.
@@ -67,6 +81,11 @@ impl Tiny {
     /// The same, where a claim makes a present entry transiently absent.
     pub(crate) fn huge_without_claim_bit() -> Self {
         Self { claim_bit: 0, ..Self::huge() }
+    }
+
+    /// The leaf `raw` is half of a set.
+    pub(crate) fn is_marked(raw: u64) -> bool {
+        raw & SET != 0
     }
 
     /// The leaf `raw` was written to.
@@ -236,6 +255,22 @@ impl Format for Tiny {
         let gained = leaf && rights(new).contains(rights(old)) && Self::output(old) == Self::output(new);
         let armed = new & ARMED & !old != 0;
         if present && (!gained || armed) { Transition::FLUSH } else { Transition::FREE }
+    }
+
+    fn set_shift(&self, level: Level) -> u8 {
+        if level == Level::LEAF { self.set_shift } else { 0 }
+    }
+
+    fn in_set(&self, _: Level, raw: u64) -> bool {
+        Self::is_marked(raw)
+    }
+
+    fn set_member(&self, _: Level, first: u64, index: usize) -> Option<u64> {
+        Self::output(first).is_aligned(2 * PAGE).then(|| (first | SET) + index as u64 * PAGE)
+    }
+
+    fn unmarked(&self, _: Level, raw: u64) -> u64 {
+        raw & !SET
     }
 
     fn flushes_before_refill(&self) -> bool {

@@ -211,7 +211,7 @@ fn rule_04_arm64_granules_have_their_own_pages() {
         map 0x80000000 0x80000000 64k r page=64k\nmap 0x80020000 0x80000000 64k r page=16k\n\
         map 0x80040000 0 64k r page=4k\nmap 0x80050000 0x70000 64k rwx\ndump\n";
     let pages = |first: u64, size: u64, count: u64, output: u64, bits: u64| -> String {
-        let page = |i| format!("L3 {:#x} {:016x}\n", first + i * size, output + i * size | bits);
+        let page = |i| format!("L3 {:#x} {:016x}\n", first + i * size, (output + i * size) | bits);
         (0..count).map(page).collect()
     };
     let (read, all) = (0x40_0000_0000_077f, 0x7ff);

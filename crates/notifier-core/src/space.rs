@@ -192,9 +192,8 @@ impl Inner {
         let unreleased: Vec<_> = core::iter::from_fn(|| self.unreleased.pop()).take(self.unreleased.len()).collect();
         for id in unreleased {
             let member = self.registry.lock().members.iter().find(|member| member.id() == id).cloned();
-            if member.is_some_and(|member| !member.release_again(self)) {
+            if member.is_some_and(|member| !member.reap(self, &self.unreleased)) {
                 left += 1;
-                self.unreleased.push(id);
             }
         }
         failed.into_iter().for_each(|record| self.unfinished.push(record));

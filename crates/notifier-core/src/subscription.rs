@@ -13,6 +13,8 @@ use alloc::{
 };
 use core::fmt;
 
+use crossbeam_queue::SegQueue;
+
 use crate::{
     addr::GpaRange,
     primitive::{AtomicBool, Condvar, Mutex, Ordering, fence},
@@ -141,6 +143,8 @@ struct Calls {
     releasing: bool,
     /// Its release failed, or could not be run where it left: whoever needs it gone tries (again).
     stuck: bool,
+    /// The reaper has been told of it and has not come to it yet.
+    queued: bool,
     /// It translates nothing any more.
     released: bool,
 }
@@ -300,11 +304,30 @@ impl Member {
 
     /// Runs the release; where it fails, the reaper has it.
     fn release_or_leave(&self, inner: &Inner) -> Result<(), SubscriberError> {
-        self.release(inner).inspect_err(|_| inner.leave_unreleased(self.id))
+        self.release(inner).inspect_err(|_| self.leave_to_reaper(inner))
+    }
+
+    /// Queues it for the reaper, once: whoever tries in vain while it is queued adds nothing. (The reaper itself is one of
+    /// those, where it finishes a window.)
+    fn leave_to_reaper(&self, inner: &Inner) {
+        if !core::mem::replace(&mut self.calls.lock().queued, true) {
+            inner.leave_unreleased(self.id);
+        }
+    }
+
+    /// For the reaper, who has taken it out of the queue: tries again, and puts it back where that fails. Whether the
+    /// subscriber is gone, or somebody else's.
+    pub(crate) fn reap(&self, inner: &Inner, unreleased: &SegQueue<SubscriberId>) -> bool {
+        self.calls.lock().queued = false;
+        let gone = self.release_again(inner);
+        if !gone && !core::mem::replace(&mut self.calls.lock().queued, true) {
+            unreleased.push(self.id);
+        }
+        gone
     }
 
     /// Tries a release that failed, or that could not be run, again. Whether the subscriber is gone.
-    pub(crate) fn release_again(&self, inner: &Inner) -> bool {
+    fn release_again(&self, inner: &Inner) -> bool {
         if !core::mem::take(&mut self.calls.lock().stuck) {
             // Somebody else is at it.
             return true;
@@ -339,7 +362,7 @@ impl Member {
                 // A release waits for scopes, the caller's among them: somebody else has to do it.
                 (calls.releasing, calls.stuck) = (true, true);
                 drop(calls);
-                inner.leave_unreleased(self.id);
+                self.leave_to_reaper(inner);
                 return Ok(());
             }
             while calls.running != 0 {

@@ -373,3 +373,48 @@ fn i12_dirty_facts_reach_the_sink_before_the_window_is_open() {
     drop(space.zap(hva(HOST + PAGE, PAGE)).unwrap());
     assert_eq!(*lock(&dirty), [gpa(0, PAGE), gpa(PAGE, PAGE)]);
 }
+
+/// A subscriber whose release always fails.
+struct Stays(Arc<AtomicUsize>);
+
+impl Subscriber for Stays {
+    fn start(&self, _: &Coverage<'_>) -> Result<(), SubscriberError> {
+        Ok(())
+    }
+    fn zap(&self, _: &Coverage<'_>) -> Result<(), SubscriberError> {
+        Ok(())
+    }
+    fn release(&self) -> Result<(), SubscriberError> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Err(SubscriberError::Other("busy".into()))
+    }
+}
+
+#[test]
+fn a_release_that_fails_is_counted_once_however_often_it_was_tried() {
+    let space = Space::new();
+    let tried = Arc::new(AtomicUsize::new(0));
+    let subscription = space.subscribe(Stays(Arc::clone(&tried))).unwrap();
+    subscription.leave().unwrap_err();
+    for round in 0..5 {
+        assert!(space.zap(AddrRange::with_len(Hva::new(0x1000), 0x1000).unwrap()).is_err());
+        assert_eq!(space.reap(), 1, "round {round}");
+    }
+}
+
+/// The reaper finds the window unfinished because of the subscriber that it is to release: it must not wake itself.
+#[test]
+fn a_window_that_waits_for_a_failing_release_does_not_keep_the_reaper_busy() {
+    let space = Space::new();
+    let tried = Arc::new(AtomicUsize::new(0));
+    let subscription = space.subscribe(Stays(Arc::clone(&tried))).unwrap();
+    let guard = space.retain(AddrRange::with_len(Hva::new(0x1000), 0x1000).unwrap()).unwrap();
+    subscription.leave().unwrap_err();
+    guard.close().unwrap_err();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    // Two tries a round, and rounds at growing distances: about twenty. A reaper that wakes itself makes hundreds of
+    // thousands.
+    let tries = tried.load(Ordering::SeqCst);
+    assert!(tries < 1000, "{tries}");
+    assert_eq!(space.reap(), 2, "the window and the subscriber");
+}

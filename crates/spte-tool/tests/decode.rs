@@ -147,9 +147,14 @@ fn an_impossible_entry_of_arm64_names_the_rule_it_breaks() {
         "bits between the attributes and the output address are RES0 (bits 0x1000)",
     );
     // The processor takes it, and this workspace never writes it: bit 56 says that the entry is from here.
-    let out = decode("arm64-s2 --level 3 0x0110000080001fff");
-    assert!(out.contains("    software rule broken: no leaf of this crate is part of a contiguous set"), "{out}");
-    let out = decode("arm64-s2 --level 3 0x0010000080001fff");
+    let out = decode("arm64-s2 --level 3 0x0100000080001fff");
+    assert!(out.contains("    software rule broken: no leaf of this crate has FnXS (bits 0x800)\n"), "{out}");
+    let out = decode("arm64-s2 --level 3 0x011000008000177f");
+    assert!(
+        out.contains("    software rule broken: an armed leaf is in no contiguous set (bits 0x10000000000000)\n"),
+        "{out}"
+    );
+    let out = decode("arm64-s2 --level 3 0x0000000080001fff");
     assert!(!out.contains("broken"), "{out}");
 }
 
@@ -187,7 +192,7 @@ fn what_is_not_present_is_told_apart() {
     says("ept 0x8000000000000000", "L1 L2 L3 L4: not present: nothing is here");
     says("x86-64-la57 0x0", "L1 L2 L3 L4 L5: not present: nothing is here");
     says("ept 0xd540000000000000", "not present: claimed by an operation that is deciding what goes here");
-    says("npt 0xaa20000000000000", "not present: an entry of a table that was unlinked");
+    says("npt 0xa230000000000000", "not present: an entry of a table that was unlinked");
     says("npt 0x1234000", "not present: hardware looks at nothing but bit 0");
     says("arm64-s2 --ipa-bits 48 0x0", "L3 L2 L1 L0: not present: nothing is here");
     says("arm64-s2 0x9540000000000000", "not present: claimed by an operation that is deciding what goes here");

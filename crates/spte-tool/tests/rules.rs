@@ -561,6 +561,12 @@ fn rule_12_flushes_are_counted_by_kind_and_absent_entries_owe_none() {
     }
     let many = "map 0 0 4m rw\nwrprotect 0 1m\nwrprotect 0x100000 8k\nflushes\n";
     assert_eq!(run("x86-64", many), "ok\nok\nok\ncr3 1\ninvlpg 2\nend 2\n");
+    // A range is one flush, whatever is done to it. (Where a table goes too, that is another.)
+    for operation in ["unmap 0x1000 64k", "protect 0x1000 64k r", "wrprotect 0x1000 64k"] {
+        let script = format!("map 0x1000 0x5000 128k rw\n{operation}\nflushes\n");
+        assert_eq!(run("ept", &script), "ok\nok\ninvept 1\nend 1\n", "{operation}");
+        assert_eq!(run("arm64-s2", &script), "ok\nok\nipas2e1is 16\nvmalle1is 1\nend 2\n", "{operation}");
+    }
 }
 
 #[test]

@@ -292,8 +292,14 @@ impl Format for Ept {
     fn claim_bit(&self) -> u64 {
         CLAIM
     }
+    /// Accessed and dirty, and where hardware has no dirty bit the fact that stands in for it: leaves that differ in these say
+    /// the same but for facts, and merge.
     fn hardware_bits(&self) -> u64 {
-        ept::ACCESSED | ept::DIRTY
+        let fact = match self.options.accessed_dirty {
+            AccessedDirty::Enabled => 0,
+            AccessedDirty::Disabled | AccessedDirty::WriteProtectOnly => software::ept::DIRTY_FACT,
+        };
+        ept::ACCESSED | ept::DIRTY | fact
     }
 
     /// By MMU-presence, and never by hardware's bits: an entry of somebody else's that is present to hardware alone is

@@ -23,7 +23,7 @@
 //! # Values that hold nothing
 //! [`ABSENT`], [`CLAIMED`] and [`DEAD`] have every bit clear that makes an entry present to hardware (10 included,
 //! which mode-based execute reads), MMU-present clear, no address bit (nothing for a speculative load to find: L1TF),
-//! no bit that hardware or ageing writes (5, 6, 8, 9), no claim bit, and bit 63 set, which keeps a `#VE` away from
+//! no bit that hardware or ageing writes (5, 6, 8, 9, 59), no claim bit, and bit 63 set, which keeps a `#VE` away from
 //! the guest. Each pair differs in at least four. Linux has bit 63 for the first and `0x8000_0000_0000_05a0` for
 //! what corresponds to the two others; that value has bits 5, 8 and 10, which ours must avoid.
 
@@ -41,8 +41,8 @@ pub const CLAIM: u64 = 1 << 55;
 pub const ABSENT: u64 = 0x8000_0000_0000_0000;
 /// Somebody is deciding what goes here: bit 63 and 62, 60, 58, 56, 54.
 pub const CLAIMED: u64 = 0xd540_0000_0000_0000;
-/// An entry of an unlinked table: bit 63 and 61, 59, 57, 53.
-pub const DEAD: u64 = 0xaa20_0000_0000_0000;
+/// An entry of an unlinked table: bit 63 and 61, 57, 53, 52.
+pub const DEAD: u64 = 0xa230_0000_0000_0000;
 
 /// Which of the three values `raw` is, bits in `ignored` left out.
 pub(crate) const fn nothing(raw: u64, ignored: u64) -> Option<Kind> {

@@ -14,7 +14,7 @@
 //! | choose memory types | [`memtype`] |
 //! | say who owns what is not mapped | [`Owner`] |
 //! | find out why an entry is impossible | [`check`], [`Stage2::check_hardware`] |
-//! | read contiguous sets of others | [`contiguous`] |
+//! | have or read contiguous sets | [`contiguous`] |
 //! | fill VTCR_EL2 and VTTBR_EL2 | [`registers`] |
 //!
 //! ```
@@ -86,16 +86,15 @@
 //! | `change_pte`: absent stays absent; a block is split; type, X and software bits stay; W goes; no break; one flush | `change_pte_repoints_without_a_break_and_never_creates`, `change_pte_of_a_page_of_a_block_splits_it_and_keeps_the_rest`, `change_is_read_only_not_upgradable_and_keeps_the_rest` |
 //! | caches are cleaned unless FWB or DIC make it needless | `cache_duties_vanish_with_the_features_that_do_them` |
 //! | members of a contiguous set are alike and in a row | `a_contiguous_set_is_alike_and_in_a_row`, `contiguous_sets_are_where_the_architecture_has_them` |
+//! | a set is broken, flushed and made as one, and whatever changes a member dissolves it first | `a_fold_breaks_all_flushes_the_span_and_makes_all`, `what_changes_one_writable_member_dissolves_the_set_first`, `a_whole_set_is_unmapped_with_one_flush` |
+//! | facts are the set's | `a_write_that_another_member_recorded_is_not_lost`, `a_set_is_young_if_one_member_is_and_ages_as_a_whole` |
+//! | what was unmapped is filled again only after a flush | `what_was_unmapped_is_filled_after_a_flush`, `a_table_takes_a_blocks_place_after_a_flush`, `after_a_failed_flush_what_was_unmapped_is_flushed_again_before_it_is_filled` |
 //! | all that a table answers is what a sequential map of leaves would | `granule_4k_without_hardware_facts_does_as_the_model`, `granule_4k_with_hardware_facts_does_as_the_model`, and the others of `tests/model.rs` |
 //!
 //! # What it does not do
 //!
-//! - Contiguous sets are read, not built.
 //! - No stage 1, no 128-bit descriptors (FEAT_D128), no permission indirection (S2PIE, S2POE), no tables of Realm or Secure
 //!   state, no FEAT_BBM level 1 staging.
-//! - Break-before-make here is about one entry that is changed. An entry that is unmapped and mapped anew, to something else, by
-//!   two threads outside any window is two changes, and the engine lets the second come before the first one's flush: a
-//!   hypervisor on arm64 unmaps inside windows, where nothing is mapped until they close.
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 

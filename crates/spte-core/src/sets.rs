@@ -105,7 +105,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
 
     /// Whether the leaf `raw` is a member of a set.
     pub(crate) fn is_member(&self, level: Level, raw: u64) -> bool {
-        self.format.set_shift(level) != 0 && self.format.in_set(level, raw)
+        self.format.in_set(level, raw) && self.format.set_shift(level) != 0
     }
 
     /// Claims the members of `set`, in order, and takes them away from hardware. `claims` has room for all, and stays empty

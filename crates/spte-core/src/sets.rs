@@ -20,7 +20,7 @@
 //! # Concurrency
 //! The members are claimed from low addresses to high, in one table, and nothing else is claimed or waited for
 //! meanwhile. The first is the gate: whoever folds, dissolves, collapses or unlinks goes through it, so that nobody gets hold of
-//! part of a set. It is the order that all claims keep (see [`table`](crate::table)), so no two operations wait for each other, be they
+//! part of a set. It is the order that all claims keep (see the lock protocol of `table.rs`), so no two operations wait for each other, be they
 //! dissolving, folding, collapsing or unlinking. An unlinking that was quicker leaves DEAD entries: then there is no set, and the
 //! caller looks again. The claims are held across one flush, as break-before-make has to; a flush that fails leaves the
 //! members absent, their facts reported, and itself owed.

@@ -96,6 +96,9 @@ fn every_field_of_arm64_is_named_and_explained() {
         heading("arm64-s2 --granule 16k --pa-bits 52 --level 2 0x3000012344303"),
         "  L2: a link to the table at 0xf000012344000"
     );
+    let highest = "arm64-s2 --ipa-bits 52 --levels 5 --level -1 0x12345003";
+    assert_eq!(heading(highest), "  L-1: a link to the table at 0x12345000");
+    assert_eq!(json(highest)["readings"][0]["levels"], serde_json::json!([-1]));
     // MemAttr is read without FWB; what it is with it is said too.
     let forced = decode("arm64-s2 --level 3 0x800017db");
     let words = "5:2  MemAttr[3:0] = 0x6: Normal, outer non-cacheable, inner write-through (with HCR_EL2.FWB: Normal write-back)\n";

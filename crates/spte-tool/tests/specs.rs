@@ -22,12 +22,15 @@ fn fields(object: &Value) -> BTreeMap<String, u64> {
     let [reading] = object["readings"].as_array().unwrap().as_slice() else { panic!("{object}") };
     assert!(reading["rule_broken"].is_null() && reading["software_rule_broken"].is_null(), "{object}");
     let number = |field: &Value| u64::from_str_radix(&field["value"].as_str().unwrap()[2..], 16).unwrap();
-    let place = |field: &Value| field["low"].as_u64().unwrap();
     let mut fields: BTreeMap<String, u64> = BTreeMap::new();
     for field in reading["fields"].as_array().unwrap() {
         let name = field["name"].as_str().unwrap();
-        // Addresses as such; everything else as it stands in its field.
-        let value = if name.ends_with("address") { number(field) << place(field) } else { number(field) };
+        // Of addresses what the words say, which is where the bits belong; of everything else the value.
+        let value = if name.ends_with("address") || name.starts_with("OA[") {
+            u64::from_str_radix(&field["meaning"].as_str().unwrap()[2..], 16).unwrap()
+        } else {
+            number(field)
+        };
         assert_eq!(fields.insert(name.into(), value), None, "{object}");
     }
     fields
@@ -38,7 +41,7 @@ fn get(fields: &BTreeMap<String, u64>, name: &str) -> u64 {
 }
 
 fn output(fields: &BTreeMap<String, u64>, name: &str) -> u64 {
-    get(fields, name) | get(fields, "OA[51:48]") << 48 | get(fields, "OA[51:50]") << 50
+    get(fields, name) | get(fields, "OA[51:48]") | get(fields, "OA[51:50]")
 }
 
 fn memory(value: u64, fwb: bool) -> MemoryType {
@@ -212,6 +215,9 @@ proptest! {
         let raw = format.leaf(level, &spec).unwrap();
         let object = decode::json(&format, Some(level), raw);
         prop_assert_eq!(&object["readings"][0]["kind"], "leaf");
+        let summary = object["readings"][0]["summary"].as_str().unwrap();
+        let place = format!(" at {:#x}, ", spec.output.as_u64());
+        prop_assert!(summary.contains(&place), "{}", summary);
         prop_assert_eq!(spec_of(&options, &fields(&object)), expressible(&options, spec), "{}", object);
         // And none of the bits that hardware reads is masked out of a dump.
         let mask = spte_tool::format::ToolFormat::mask(&format, level, spte_tool::format::Form::Leaf).unwrap();
@@ -229,6 +235,8 @@ proptest! {
         let raw = format.table(level, OutputAddr::new(to)).unwrap();
         let object = decode::json(&format, Some(level), raw);
         prop_assert_eq!(&object["readings"][0]["kind"], "table");
+        let summary = format!("a link to the table at {to:#x}");
+        prop_assert_eq!(&object["readings"][0]["summary"], &summary);
         prop_assert_eq!(output(&fields(&object), "Next-level table address"), to, "{}", object);
     }
 

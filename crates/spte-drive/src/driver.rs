@@ -21,6 +21,7 @@ use thiserror::Error;
 
 use crate::bytes::Bytes;
 use crate::pages::ScarcePages;
+use crate::tlb::{Cached, Tlb};
 
 /// A format, and what has to be known of it beyond [`Format`].
 #[derive(Debug, Clone)]
@@ -28,7 +29,7 @@ pub struct Driven<F: Format> {
     /// The format, as it is set up.
     pub format: F,
     /// What the model knows of it: sizes, address widths, rights and memory types that it has. Where it says that hardware
-    /// does not record accesses and writes ([`Shape::hw_ad`]), a leaf that may be written counts as written in the table,
+    /// does not record writes ([`Shape::hw_dirty`]), a leaf that may be written counts as written in the table,
     /// for safety; what a user knows exactly is only what was upgraded, and that is what the driver goes by.
     pub shape: Shape,
     /// The attributes of a memory type, `None` where the format has none for it. Different types have different attributes.
@@ -120,6 +121,42 @@ pub enum Wrong {
         /// What it named.
         range: GpaRange,
     },
+    /// An access to an old leaf went through where the first has to fault.
+    #[error("the old leaf at {at:#x} allowed an access")]
+    OldAllowed {
+        /// Where.
+        at: u64,
+    },
+    /// A cache in hardware still has what the table no longer says: a flush is missing, or named too little.
+    #[error("a TLB still leads {page:#x} to {output} with rights {access} (leaf at {start:#x}, {span:#x} bytes)")]
+    Stale {
+        /// The page.
+        page: u64,
+        /// Where it leads.
+        output: OutputAddr,
+        /// The rights that were cached.
+        access: Access,
+        /// Where the leaf began from which it was cached.
+        start: u64,
+        /// Its size in bytes.
+        span: u64,
+    },
+    /// A cache in hardware writes without a trace to what was harvested, or reported, as written: the flush is missing.
+    #[error("a TLB writes {page:#x} without marking it dirty")]
+    StaleDirty {
+        /// The page.
+        page: u64,
+    },
+    /// A cache in hardware still has a link to a table that is not there any more.
+    #[error("a TLB still has the link at {start:#x}, {span:#x} bytes, to the table at {table}")]
+    StaleLink {
+        /// Where the link's span begins.
+        start: u64,
+        /// Its size in bytes.
+        span: u64,
+        /// The table that it leads to.
+        table: OutputAddr,
+    },
     /// A repointing has no outcome.
     #[error("change_pte at {at:#x} reported nothing")]
     Unreported {
@@ -178,15 +215,18 @@ fn failed<E: Error + Send + Sync + 'static>(call: &'static str, at: u64) -> impl
 
 /// A table and its user.
 ///
-/// The table has joined a space of its own; its pages come from `P`, through a [`ScarcePages`]. There is no hardware: who
+/// The table has joined a space of its own; its pages come from `P`, through a [`ScarcePages`]. Its hardware is a [`Tlb`]. Who
 /// translates is the driver alone, and it waits for nobody.
 #[derive(Debug)]
 pub struct Driver<F: Format, P: PageSource = HeapPages> {
     shape: Shape,
     attrs: fn(MemType) -> Option<F::Attrs>,
+    /// Ageing takes rights away, the right to write for good: it comes back as that of an armed leaf does.
+    ages_by_rights: bool,
     // Before the space: it leaves.
     subscription: Option<Subscription>,
-    table: Arc<Table<F, ScarcePages<P>, ()>>,
+    table: Arc<Table<F, ScarcePages<P>, Tlb>>,
+    tlb: Tlb,
     walker: Walker,
     space: Space,
     heard: Arc<Mutex<Vec<GpaRange>>>,
@@ -216,6 +256,31 @@ fn model_access(access: Access) -> spte_model::Access {
     pairs.into_iter().filter(|(_, ours)| access.contains(*ours)).fold(Model::NONE, |all, (model, _)| all | model)
 }
 
+/// An ordinary leaf at 0, where the level has leaves.
+fn ordinary<F: Format>(format: &F, attrs: fn(MemType) -> Option<F::Attrs>, level: Level) -> Option<u64> {
+    let (output, access) = (OutputAddr::new(0), Access::RWX);
+    let attrs = attrs(MemType::Wb)?;
+    format.leaf(level, &LeafSpec { output, access, armed: false, accessed: true, dirty: false, attrs }).ok()
+}
+
+/// Whether hardware may go by the level that a flush names: a format of such hardware has a split flushed, or a later flush
+/// of a smaller leaf would leave the larger one.
+fn goes_by_hints<F: Format>(format: &F, attrs: fn(MemType) -> Option<F::Attrs>) -> bool {
+    let levels = std::iter::successors(Level::LEAF.above(), |level| level.above());
+    let levels = levels.take_while(|level| *level <= format.geometry().top());
+    let mut splits = levels.filter(|level| format.geometry().level(*level).leaf).filter_map(|level| {
+        let table = format.table(level, OutputAddr::new(0)).ok()?;
+        Some(format.transition(level, ordinary(format, attrs, level)?, table))
+    });
+    splits.all(|split| split.flush)
+}
+
+/// Whether an old leaf that may be written withholds it.
+fn ages_by_rights<F: Format>(format: &F, attrs: fn(MemType) -> Option<F::Attrs>) -> bool {
+    let young = ordinary(format, attrs, Level::LEAF);
+    young.is_some_and(|young| format.spec(Level::LEAF, format.make_old(Level::LEAF, young)).armed)
+}
+
 impl<F: Format> Driver<F> {
     /// An empty table, with all the pages of the heap.
     ///
@@ -239,15 +304,31 @@ impl<F: Format, P: PageSource> Driver<F, P> {
         let builder = Space::builder().page_size(shape.granule()).map_err(failed("a space", 0))?.private_reclaim();
         let hear = move |range: GpaRange| sink.lock().unwrap_or_else(PoisonError::into_inner).push(range);
         let space = builder.dirty_sink(hear).build();
-        let table = Table::new(&space, format, Arc::new(pages), ()).map_err(|error| error.of("a table", 0))?;
+        let ages_by_rights = ages_by_rights(&format, attrs);
+        let tlb = Tlb::new(goes_by_hints(&format, attrs));
+        let table = Table::new(&space, format, Arc::new(pages), tlb.clone()).map_err(|error| error.of("a table", 0))?;
         let subscription = Some(space.subscribe(Arc::clone(&table)).map_err(failed("subscribe", 0))?);
         let walker = space.walker();
         let [written, told, armed, open] = [(); 4].map(|()| Bytes::default());
-        Ok(Self { shape, attrs, subscription, table, walker, space, heard, written, told, armed, open })
+        Ok(Self {
+            shape,
+            attrs,
+            ages_by_rights,
+            subscription,
+            table,
+            tlb,
+            walker,
+            space,
+            heard,
+            written,
+            told,
+            armed,
+            open,
+        })
     }
 
     /// The table.
-    pub fn table(&self) -> &Table<F, ScarcePages<P>, ()> {
+    pub fn table(&self) -> &Table<F, ScarcePages<P>, Tlb> {
         &self.table
     }
 
@@ -296,10 +377,12 @@ impl<F: Format, P: PageSource> Driver<F, P> {
             Logging::Off
         };
         let withheld = armed && access.writable();
-        if withheld != (access.writable() && logging == Logging::Armed) {
+        // What ageing withheld comes back with the first access.
+        let by_age = self.ages_by_rights && !accessed && logging != Logging::Armed;
+        if withheld != (access.writable() && logging == Logging::Armed) && !by_age {
             return Err(Wrong::Withheld { at: start, raw, withheld, logging });
         }
-        let dirty = (dirty && self.shape.hw_ad()) || self.written.overlaps(start, start + size);
+        let dirty = (dirty && self.shape.hw_dirty()) || self.written.overlaps(start, start + size);
         Ok((start, Leaf { size, out: output.as_u64(), access: model_access(access), mem, accessed, dirty, logging }))
     }
 
@@ -308,7 +391,7 @@ impl<F: Format, P: PageSource> Driver<F, P> {
         for range in std::mem::take(&mut *self.heard.lock().unwrap_or_else(PoisonError::into_inner)) {
             let (start, end) = (range.start().as_u64(), range.end().as_u64());
             self.told.insert(start, end);
-            if self.shape.hw_ad() {
+            if self.shape.hw_dirty() {
                 self.written.insert(start, end);
             }
         }
@@ -475,11 +558,20 @@ impl<F: Format, P: PageSource> Driver<F, P> {
         let whole = range(gpa, size)?;
         let fault = self.walker.fault(whole).map_err(failed("a fault", gpa))?;
         let resolved = fault.resolve(|fault| {
-            let mut extents = Vec::new();
+            let mut extents: Vec<Extent> = Vec::new();
             table.visit(fault.range(), |found| {
                 if let (Kind::Leaf, Ok(guest)) = (found.kind, AddrRange::with_len(found.start, found.span)) {
                     let output = table.format().spec(found.level, found.raw).output;
-                    extents.push(Extent { guest, output, access: rights });
+                    // A VMM knows stretches, not leaves.
+                    match extents.last_mut() {
+                        Some(last)
+                            if last.guest.end() == guest.start()
+                                && last.output.as_u64() + last.guest.len() == output.as_u64() =>
+                        {
+                            last.guest = last.guest.joined(&guest).unwrap_or(last.guest);
+                        }
+                        _ => extents.push(Extent { guest, output, access: rights }),
+                    }
                 }
             });
             Ok::<_, Reject>(extents)
@@ -511,14 +603,26 @@ impl<F: Format, P: PageSource> Driver<F, P> {
         let table = Arc::clone(&self.table);
         // At most one upgrade: what is still withheld after it is an error, not a reason to go on for ever.
         let mut upgraded = false;
+        let old = self.ages_by_rights && self.is_old(gpa);
         loop {
-            let miss = {
+            let found = {
                 let scope = self.walker.enter();
-                match table.translate(&scope, Gpa::new(gpa), wanted) {
-                    Ok(found) => return Ok(Outcome::Touched { out: found.output().as_u64() }),
-                    Err(miss) => miss,
-                }
+                let found = table.translate(&scope, Gpa::new(gpa), wanted);
+                found.map(|found| (found.output(), found.access()))
             };
+            let miss = match found {
+                Ok(_) if old => return Err(Wrong::OldAllowed { at: gpa }.into()),
+                Ok((output, access)) => {
+                    self.cache(gpa, output, access, kind == TouchKind::Write && self.shape.hw_dirty());
+                    return Ok(Outcome::Touched { out: output.as_u64() });
+                }
+                Err(miss) => miss,
+            };
+            if old {
+                // Looked at before the rights: hardware has none of them to look at.
+                self.rejuvenate(gpa)?;
+                return Ok(Outcome::Fault(Fault::AccessFlag));
+            }
             match miss {
                 Miss::Absent { .. } => return Ok(Outcome::Fault(Fault::Absent)),
                 Miss::Denied { armed: false, .. } => return Ok(Outcome::Fault(Fault::Perm)),
@@ -535,7 +639,7 @@ impl<F: Format, P: PageSource> Driver<F, P> {
                     }
                     self.armed.remove(start, end);
                     self.open.insert(start, end);
-                    if !self.shape.hw_ad() {
+                    if !self.shape.hw_dirty() {
                         self.written.insert(start, end);
                     }
                 }
@@ -546,9 +650,83 @@ impl<F: Format, P: PageSource> Driver<F, P> {
         }
     }
 
+    /// Whether the leaf at `gpa` is old.
+    fn is_old(&self, gpa: u64) -> bool {
+        let found = self.table.entry(Gpa::new(gpa)).filter(|found| found.kind == Kind::Leaf);
+        found.is_some_and(|found| !self.table.format().is_young(found.level, found.raw))
+    }
+
+    /// Makes the leaf at `gpa` young, where ageing took rights away: they come back, writing unless it is logged.
+    fn rejuvenate(&self, gpa: u64) -> Result<(), DriveError> {
+        let at = Gpa::new(gpa);
+        if !self.table.make_young(at) {
+            return Err(Wrong::StaysOld { at: gpa }.into());
+        }
+        let Some(found) = self.table.entry(at) else { return Err(Wrong::StaysOld { at: gpa }.into()) };
+        let logged = self.armed.overlaps(found.start.as_u64(), found.start.as_u64() + found.span);
+        if self.table.format().spec(found.level, found.raw).armed && !logged {
+            let found = self.table.upgrade(at);
+            if found != Upgrade::Granted {
+                return Err(Wrong::NotUpgraded { at: gpa, found }.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// What hardware keeps of a walk.
+    fn cache(&self, gpa: u64, output: OutputAddr, access: Access, dirty: bool) {
+        let mut entries = self.tlb.entries();
+        for row in self.table.walk(Gpa::new(gpa)) {
+            let (level, start, span) = (row.level, row.start.as_u64(), row.span);
+            match row.kind {
+                Kind::Table(table) => entries.keep_link(level, start, span, table),
+                Kind::Leaf => {
+                    let offset = gpa % self.shape.granule();
+                    let output = OutputAddr::new(output.as_u64() - offset);
+                    entries.keep_page(gpa - offset, Cached { output, access, dirty, level, start, span });
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Compares what hardware kept with what the table says: it may know less, and older facts, but nothing else.
+    ///
+    /// # Errors
+    /// [`Wrong`], where a flush is missing or named too little.
+    pub fn check_cached(&self) -> Result<(), Wrong> {
+        let format = self.table.format();
+        let entries = self.tlb.entries();
+        for (&page, &Cached { output, access, dirty, start, span, .. }) in &entries.pages {
+            let stale = Wrong::Stale { page, output, access, start, span };
+            let found = self.table.entry(Gpa::new(page)).filter(|found| found.kind == Kind::Leaf);
+            let Some(found) = found else { return Err(stale) };
+            let now = format.spec(found.level, found.raw).output.as_u64() + (page - found.start.as_u64());
+            let (start, end) = (found.start.as_u64(), found.start.as_u64() + found.span);
+            // Hardware may go on as if an old leaf were young: what ageing alone withholds counts as granted.
+            let old = !format.is_young(found.level, found.raw);
+            let by_age = self.ages_by_rights && old && !self.armed.overlaps(start, end);
+            let spec = format.spec(found.level, found.raw);
+            let granted = if spec.armed && !by_age { spec.access.read_only() } else { spec.access };
+            if now != output.as_u64() || !granted.contains(access) {
+                return Err(stale);
+            }
+            if dirty && !format.is_dirty(found.level, found.raw) && !self.written.overlaps(start, end) {
+                return Err(Wrong::StaleDirty { page });
+            }
+        }
+        for (&(level, start), &(span, table)) in &entries.links {
+            let rows = self.table.walk(Gpa::new(start));
+            if !rows.iter().any(|row| row.level == level && row.kind == Kind::Table(table)) {
+                return Err(Wrong::StaleLink { start, span, table });
+            }
+        }
+        Ok(())
+    }
+
     fn harvest(&mut self, gpa: u64, size: u64) -> Result<Outcome, DriveError> {
         self.listen();
-        let harvested = if self.shape.hw_ad() {
+        let harvested = if self.shape.hw_dirty() {
             self.table.harvest_dirty(range(gpa, size)?).map_err(|error| error.of("harvest_dirty", gpa))?
         } else {
             Vec::new()
@@ -602,6 +780,7 @@ impl<F: Format, P: PageSource> Driver<F, P> {
     /// Stretches of equal logging are merged each for itself: a leaf is logged or not.
     fn collapse(&mut self, gpa: u64, size: u64) -> Result<Outcome, DriveError> {
         let end = gpa + size;
+        let young = self.make_all_young(gpa, end)?;
         let mut bounds = vec![gpa, end];
         for bytes in [&self.armed, &self.open] {
             bounds.extend(bytes.within(gpa, end).into_iter().flat_map(|(from, to)| [from, to]));
@@ -622,8 +801,28 @@ impl<F: Format, P: PageSource> Driver<F, P> {
                     bytes.insert(start, start + size);
                 }
             }
+            // What was old in all its parts is old again.
+            if self.ages_by_rights && start >= gpa && start + size <= end && !young.overlaps(start, start + size) {
+                self.table.age(range(start, size)?).map_err(|error| error.of("age", start))?;
+            }
         }
         Ok(Outcome::Ok)
+    }
+
+    /// Where ageing takes rights away, leaves of different age are not alike: they are made so before they are merged.
+    /// What was young before.
+    fn make_all_young(&self, gpa: u64, end: u64) -> Result<Bytes, DriveError> {
+        let mut young = Bytes::default();
+        if self.ages_by_rights {
+            for (start, size) in self.spans(gpa, end)? {
+                if !self.is_old(start) {
+                    young.insert(start, start + size);
+                } else if start >= gpa && start + size <= end {
+                    self.rejuvenate(start)?;
+                }
+            }
+        }
+        Ok(young)
     }
 }
 

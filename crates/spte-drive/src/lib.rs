@@ -11,6 +11,8 @@
 //!   what was reported of what is gone, and every raw entry with the format's own rules.
 //! - [`ScarcePages`] is a page source that runs out when it is told to. What an operation leaves that found no page is
 //!   compared too: nothing may be there that was neither there before nor asked for, and nothing may be lost.
+//! - [`Tlb`] is the hardware beside the table: it keeps what was touched until a flush names it, so that a flush that is
+//!   missing, or names too little, is a disagreement.
 //! - [`agree`] runs a whole sequence.
 //!
 //! Nothing here panics on any input, whatever the table does: what is wrong comes back as a [`Disagreement`].
@@ -20,7 +22,9 @@ mod bytes;
 mod driver;
 mod pages;
 mod pair;
+mod tlb;
 
 pub use driver::{DriveError, Driven, Driver, Wrong};
 pub use pages::ScarcePages;
 pub use pair::{Disagreement, Pair, Step, Why, agree};
+pub use tlb::Tlb;

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A table and the model of it, step by step.
 
-use notifier_core::Gpa;
-use spte_core::format::{EntryError, Format};
+use notifier_core::{AddrRange, Gpa};
+use spte_core::format::{EntryError, Format, Kind};
 use spte_core::{HeapPages, PageSource};
 use spte_model::{Leaf, LeafError, Logging, Model, Op, Outcome, Reject};
 use thiserror::Error;
 
-use crate::driver::{DriveError, Driven, Driver};
+use crate::driver::{DriveError, Driven, Driver, Wrong};
 use crate::pages::ScarcePages;
 
 /// With fewer leaves than this all are compared after each operation, and every raw entry is checked; with more, only what
 /// the operation can have touched, and all now and then.
-const FEW: usize = 600;
+const FEW: usize = 128;
 /// So often, in operations.
-const NOW_AND_THEN: usize = 16;
+const NOW_AND_THEN: usize = 32;
 
 /// Table and model differ.
 #[derive(Debug, Error)]
@@ -36,6 +36,9 @@ pub enum Why {
     /// were pages.
     #[error(transparent)]
     Drive(#[from] DriveError),
+    /// A cache in hardware has what the table no longer says.
+    #[error(transparent)]
+    Cached(#[from] Wrong),
     /// The answers differ.
     #[error("answered {found:?}, not {expected:?}")]
     Answer {
@@ -136,7 +139,9 @@ impl<F: Format, P: PageSource> Pair<F, P> {
         &self.driver
     }
 
-    /// Applies one operation to both, and compares.
+    /// Applies one operation to both, and compares: the answers, what was reported of what is gone, what hardware may have
+    /// kept, and leaves and raw entries. Where there are many, only those that the operation can have touched; all of them
+    /// now and then, and in [`Pair::compare`], with which a sequence should end.
     ///
     /// Where the page source fails meanwhile ([`ScarcePages::run_out`]), the table may have done a part of the operation, or
     /// (a window) more than was asked for. Then every translation that is left must be one that there was before or would
@@ -166,6 +171,10 @@ impl<F: Format, P: PageSource> Pair<F, P> {
     fn apply(&mut self, op: &Op, index: usize) -> Result<Step, Why> {
         let failed = self.driver.pages().failed();
         let before = self.driver.pages().may_run_out().then(|| self.model.clone());
+        if let Err(reject) = op.check(self.model.shape()) {
+            return Ok(Step::Rejected(reject));
+        }
+        let (start, end) = self.reach(op);
         let expected = match self.model.apply(op) {
             Ok(outcome) => outcome,
             Err(reject) => return Ok(Step::Rejected(reject)),
@@ -177,6 +186,7 @@ impl<F: Format, P: PageSource> Pair<F, P> {
                 Err(error) => return Err(error.into()),
             }
             self.check()?;
+            self.driver.check_cached()?;
             self.adopt(op, &before)?;
             return Ok(Step::OutOfPages);
         }
@@ -184,6 +194,7 @@ impl<F: Format, P: PageSource> Pair<F, P> {
         if found != expected {
             return Err(Why::Answer { found, expected });
         }
+        self.driver.check_cached()?;
         // I12: what was dirty in an entry that is gone has been reported.
         for &(gpa, leaf) in self.model.removed() {
             if leaf.dirty && !self.driver.was_reported(gpa, gpa + leaf.size) {
@@ -196,15 +207,14 @@ impl<F: Format, P: PageSource> Pair<F, P> {
         if index % NOW_AND_THEN == 0 || self.model.leaves().take(FEW).count() < FEW {
             self.compare()?;
         } else {
-            let (start, end) = self.reach(op);
             self.compare_between(start, end)?;
+            self.check_between(start, end)?;
         }
         Ok(Step::Answered(found))
     }
 
-    /// What an operation can touch: its range, and the largest leaves at both ends, which may be cut.
+    /// What an operation can touch: its range, and leaves that lie across its ends, which may be cut.
     fn reach(&self, op: &Op) -> (u64, u64) {
-        let shape = self.model.shape();
         let (gpa, size) = match *op {
             Op::Map { gpa, size, .. }
             | Op::Unmap { gpa, size }
@@ -214,18 +224,36 @@ impl<F: Format, P: PageSource> Pair<F, P> {
             | Op::Dirty { gpa, size }
             | Op::Split { gpa, size }
             | Op::Collapse { gpa, size } => (gpa, size),
-            Op::Change { gpa, .. } | Op::ZapChange { gpa, .. } => (gpa, shape.granule()),
+            Op::Change { gpa, .. } | Op::ZapChange { gpa, .. } => (gpa, self.model.shape().granule()),
             Op::Touch { gpa, .. } | Op::Walk { gpa } => (gpa, 1),
         };
-        let largest = shape.leaf_sizes().last().copied().unwrap_or(shape.granule());
-        let end = (gpa + size).checked_next_multiple_of(largest).unwrap_or(u64::MAX);
-        (gpa - gpa % largest, end.min(self.end()))
+        let end = gpa.saturating_add(size);
+        let first = self.model.leaf(gpa).map_or(gpa, |(start, _)| start);
+        (first, self.model.leaf(end - 1).map_or(end, |(start, leaf)| start + leaf.size))
     }
 
+    /// Checks every raw entry.
     fn check(&self) -> Result<(), Why> {
         self.driver.table().check().map_err(|(at, source)| Why::Entry { at, source })
     }
 
+    /// Checks the raw entries that span a byte of `start..end`.
+    fn check_between(&self, start: u64, end: u64) -> Result<(), Why> {
+        let table = self.driver.table();
+        let format = table.format();
+        let mut wrong = None;
+        if let Ok(range) = AddrRange::new(Gpa::new(start), Gpa::new(end)) {
+            table.visit(range, |found| {
+                let claim = if matches!(found.kind, Kind::Table(_) | Kind::Leaf) { format.claim_bit() } else { 0 };
+                if let (None, Err(source)) = (&wrong, format.check(found.level, found.raw & !claim)) {
+                    wrong = Some(Why::Entry { at: found.start, source });
+                }
+            });
+        }
+        wrong.map_or(Ok(()), Err)
+    }
+
+    /// Compares the leaves that have a byte in `start..end`.
     fn compare_between(&self, start: u64, end: u64) -> Result<(), Why> {
         let mut theirs = self.model.leaves_in(start, end).map(|(gpa, leaf)| (gpa, *leaf));
         for ours in self.driver.leaves(start, end)? {

@@ -267,14 +267,14 @@ impl Model {
     /// The accessed bit is looked at before the rights, as arm64 orders these faults (Arm ARM, MMU
     /// fault prioritization). A fault for want of rights leaves no trace.
     fn touch(&mut self, gpa: u64, kind: TouchKind) -> Outcome {
-        let hw_ad = self.shape.hw_ad();
+        let (hw_accessed, hw_dirty) = (self.shape.hw_accessed(), self.shape.hw_dirty());
         let Some((&start, leaf)) = self.leaves.range_mut(..=gpa).next_back() else {
             return Outcome::Fault(Fault::Absent);
         };
         if gpa - start >= leaf.size {
             return Outcome::Fault(Fault::Absent);
         }
-        if !hw_ad && !leaf.accessed {
+        if !hw_accessed && !leaf.accessed {
             leaf.accessed = true;
             return Outcome::Fault(Fault::AccessFlag);
         }
@@ -284,7 +284,7 @@ impl Model {
         leaf.accessed = true;
         if kind == TouchKind::Write {
             // Without hardware's help, a write that nobody withheld is a write that nobody saw.
-            leaf.dirty |= hw_ad || leaf.logging == Logging::Armed;
+            leaf.dirty |= hw_dirty || leaf.logging == Logging::Armed;
             if leaf.logging == Logging::Armed {
                 leaf.logging = Logging::Open;
             }

@@ -14,7 +14,8 @@ pub struct Shape {
     leaf_sizes: Vec<u64>,
     gpa_bits: u32,
     out_bits: u32,
-    hw_ad: bool,
+    hw_accessed: bool,
+    hw_dirty: bool,
     access: Vec<Access>,
     mem: Vec<MemType>,
 }
@@ -67,7 +68,8 @@ impl Shape {
             leaf_sizes: leaf_sizes.to_vec(),
             gpa_bits,
             out_bits,
-            hw_ad: false,
+            hw_accessed: false,
+            hw_dirty: false,
             access: Access::ALL.to_vec(),
             mem: MemType::ALL.to_vec(),
         })
@@ -98,12 +100,49 @@ impl Shape {
         Shape { gpa_bits: 57, ..Shape::x86_64() }
     }
 
+    /// arm64 stage 2 (VMSAv8-64, Arm ARM chapter D8) with a granule of 4 KiB, 16 KiB or 64 KiB, accessed and dirty managed
+    /// by software, memory types as without FEAT_S2FWB: with it ([`Shape::with_forced_write_back`]) there is no
+    /// write-through.
+    ///
+    /// With at most 48 output bits the sizes of blocks are those of level 2, and of level 1 for 4 KiB. `wide` is FEAT_LPA2
+    /// in use (VTCR_EL2.DS) for 4 KiB and 16 KiB, and FEAT_LPA for 64 KiB: addresses of up to 52 bits, and blocks one
+    /// level higher. A table whose walks begin below such a level has none there: [`Shape::with_leaves_up_to`]. Every set of rights is possible, none at all included: whether an entry is valid is a bit of its own.
+    ///
+    /// # Errors
+    /// [`ShapeError::LeafSize`] for another granule, [`ShapeError::Bits`] for widths beyond 48 bits, or 52 where `wide`.
+    pub fn arm64_stage2(granule: u64, gpa_bits: u32, out_bits: u32, wide: bool) -> Result<Shape, ShapeError> {
+        const K: u64 = 1 << 10;
+        const M: u64 = 1 << 20;
+        const G: u64 = 1 << 30;
+        let sizes: &[u64] = match granule {
+            0x1000 => &[4 * K, 2 * M, G, 512 * G],
+            0x4000 => &[16 * K, 32 * M, 64 * G],
+            0x1_0000 => &[64 * K, 512 * M, 4096 * G],
+            size => return Err(ShapeError::LeafSize { size }),
+        };
+        let sizes = if wide { sizes } else { &sizes[..sizes.len() - 1] };
+        let most = if wide { 52 } else { 48 };
+        for bits in [gpa_bits, out_bits] {
+            if bits > most {
+                return Err(ShapeError::Bits { bits });
+            }
+        }
+        Shape::new(sizes, gpa_bits, out_bits)
+    }
+
+    /// As arm64 is with FEAT_S2FWB in use: stage 2 then says what the memory is, and cannot say write-through (Arm ARM,
+    /// "Stage 2 memory type and Cacheability attributes when FEAT_S2FWB is implemented").
+    pub fn with_forced_write_back(self) -> Shape {
+        self.with_mem(&[MemType::Wb, MemType::Uc, MemType::Wc])
+    }
+
     fn x86(gpa_bits: u32) -> Shape {
         Shape {
             leaf_sizes: vec![4 << 10, 2 << 20, 1 << 30],
             gpa_bits,
             out_bits: 52,
-            hw_ad: true,
+            hw_accessed: true,
+            hw_dirty: true,
             access: Access::ALL.to_vec(),
             mem: MemType::ALL.to_vec(),
         }
@@ -118,9 +157,22 @@ impl Shape {
         Ok(Shape { gpa_bits: widths.gpa_bits, out_bits: widths.out_bits, ..self })
     }
 
+    /// Without leaves of more than `most` bytes, because the table's root is at their level or below; the granule stays.
+    pub fn with_leaves_up_to(self, most: u64) -> Shape {
+        let granule = self.granule();
+        let leaf_sizes = self.leaf_sizes.into_iter().filter(|&size| size == granule || size <= most).collect();
+        Shape { leaf_sizes, ..self }
+    }
+
     /// With accessed and dirty managed by hardware, or not.
     pub fn with_hw_ad(self, hw_ad: bool) -> Shape {
-        Shape { hw_ad, ..self }
+        Shape { hw_accessed: hw_ad, hw_dirty: hw_ad, ..self }
+    }
+
+    /// With accessed managed by hardware, or not; dirty as it is. (arm64 may have the first without the second, and EPT
+    /// where its dirty bits feed somebody else's log.)
+    pub fn with_hw_accessed(self, hw_accessed: bool) -> Shape {
+        Shape { hw_accessed, ..self }
     }
 
     /// With only these access sets.
@@ -153,9 +205,14 @@ impl Shape {
         self.out_bits
     }
 
-    /// Whether hardware manages accessed and dirty.
-    pub fn hw_ad(&self) -> bool {
-        self.hw_ad
+    /// Whether hardware marks a leaf as accessed. Where it does not, the first access to an old leaf faults.
+    pub fn hw_accessed(&self) -> bool {
+        self.hw_accessed
+    }
+
+    /// Whether hardware marks a leaf as dirty. Where it does not, only a write that was withheld is known.
+    pub fn hw_dirty(&self) -> bool {
+        self.hw_dirty
     }
 
     /// The access sets that a leaf can have.
@@ -194,8 +251,38 @@ mod tests {
     }
 
     #[test]
+    fn arm64_has_blocks_where_the_architecture_has_them() {
+        let sizes = |granule, bits, wide| {
+            Shape::arm64_stage2(granule, bits, bits, wide).map(|shape| shape.leaf_sizes()[1..].to_vec())
+        };
+        assert_eq!(sizes(4 << 10, 48, false), Ok(vec![2 << 20, 1 << 30]));
+        assert_eq!(sizes(4 << 10, 52, true), Ok(vec![2 << 20, 1 << 30, 512 << 30]));
+        assert_eq!(sizes(16 << 10, 47, false), Ok(vec![32 << 20]));
+        assert_eq!(sizes(16 << 10, 52, true), Ok(vec![32 << 20, 64 << 30]));
+        assert_eq!(sizes(64 << 10, 40, false), Ok(vec![512 << 20]));
+        assert_eq!(sizes(64 << 10, 52, true), Ok(vec![512 << 20, 4 << 40]));
+        assert_eq!(sizes(8 << 10, 40, false), Err(ShapeError::LeafSize { size: 8 << 10 }));
+        assert_eq!(sizes(4 << 10, 49, false), Err(ShapeError::Bits { bits: 49 }));
+        assert_eq!(sizes(4 << 10, 53, true), Err(ShapeError::Bits { bits: 53 }));
+    }
+
+    #[test]
+    fn arm64_has_every_set_of_rights_and_software_that_keeps_the_facts() {
+        let shape = Shape::arm64_stage2(4 << 10, 40, 48, false).unwrap();
+        assert_eq!((shape.access(), shape.mem()), (&Access::ALL[..], &MemType::ALL[..]));
+        assert_eq!((shape.hw_accessed(), shape.hw_dirty()), (false, false));
+        let shape = shape.with_hw_accessed(true);
+        assert_eq!((shape.hw_accessed(), shape.hw_dirty()), (true, false));
+        assert_eq!(shape.clone().with_leaves_up_to(2 << 20).leaf_sizes(), [4 << 10, 2 << 20]);
+        assert_eq!(shape.clone().with_leaves_up_to(0).leaf_sizes(), [4 << 10]);
+        assert_eq!(shape.with_forced_write_back().mem(), [MemType::Wb, MemType::Uc, MemType::Wc]);
+    }
+
+    #[test]
     fn ready_made_shapes_are_sane() {
-        for shape in [Shape::ept(), Shape::npt(), Shape::x86_64(), Shape::x86_64_la57()] {
+        let arm64 = |granule, wide| Shape::arm64_stage2(granule, 48, 48, wide).unwrap();
+        let arm64 = [4 << 10, 16 << 10, 64 << 10].into_iter().flat_map(|size| [arm64(size, false), arm64(size, true)]);
+        for shape in [Shape::ept(), Shape::npt(), Shape::x86_64(), Shape::x86_64_la57()].into_iter().chain(arm64) {
             let (gpa, out) = (shape.gpa_bits(), shape.out_bits());
             assert_eq!(shape.clone().with_bits(gpa, out), Ok(shape));
         }

@@ -1457,61 +1457,87 @@ fn a_set_that_is_dissolved_and_folded_while_another_dissolves_it_stays_whole() {
     }
 }
 
+/// Runs `main`, and at its `nth` look at the first member an unlinking of the whole table, which stops when it has killed
+/// `killed` entries and goes on when `main` is done or waits. Whether there was such a look, with nothing claimed.
+fn beside_an_unlinking(main: Step, on: &Arc<Interrupted>, nth: usize, killed: u64) -> Result<bool, String> {
+    // More looks than any operation here needs that does not wait.
+    const MANY: usize = 1000;
+    #[derive(Default)]
+    struct State {
+        stopped: AtomicBool,
+        /// Of `main`, since then.
+        looks: AtomicUsize,
+        done: AtomicBool,
+    }
+    let state = Arc::new(State::default());
+    let is_member = |format: &Stage2, raw: u64, output: u64| {
+        raw & 1 != 0 && format.kind(L3, raw) == Kind::Leaf && format.spec(L3, raw).output.as_u64() == output
+    };
+    let (inside, beside) = (Arc::clone(on), Arc::clone(&state));
+    let unlink = move || {
+        let alive = inside.place.output() + killed * inside.place.span;
+        let (walked, progress) = (Arc::clone(&inside), Arc::clone(&beside));
+        HOOK.set(Some(Box::new(move |format, raw| {
+            let linked = walked.machine.table.walk(Gpa::new(walked.place.start())).len() == 3;
+            if linked || !is_member(format, raw, alive) || progress.stopped.swap(true, Ordering::SeqCst) {
+                return;
+            }
+            while progress.looks.load(Ordering::SeqCst) < MANY && !progress.done.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+        })));
+        inside.machine.table.unmap(range(0, 2 << 20)).unwrap();
+        HOOK.set(None);
+        beside.stopped.store(true, Ordering::SeqCst);
+    };
+    let handle = Arc::new(Mutex::new(None));
+    let (keep, progress, walked) = (Arc::clone(&handle), Arc::clone(&state), Arc::clone(on));
+    let (mut unlink, mut met) = (Some(unlink), 0);
+    HOOK.set(Some(Box::new(move |format, raw| {
+        progress.looks.fetch_add(1, Ordering::SeqCst);
+        met += usize::from(is_member(format, raw, walked.place.output()));
+        if met != nth || unlink.is_none() || walked.is_claimed() {
+            return;
+        }
+        if let Some(unlink) = unlink.take() {
+            *keep.lock().unwrap() = Some(std::thread::spawn(unlink));
+            while !progress.stopped.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+            progress.looks.store(0, Ordering::SeqCst);
+        }
+    })));
+    main(on);
+    HOOK.set(None);
+    state.done.store(true, Ordering::SeqCst);
+    let thread: Option<std::thread::JoinHandle<()>> = handle.lock().unwrap().take();
+    let came = thread.map(|thread| thread.join().unwrap()).is_some();
+    on.check().map(|()| came)
+}
+
 /// Unlinking kills entries one by one. Who found the set before the link was claimed comes while some are dead.
 #[test]
 fn who_dissolves_a_set_of_which_an_unlinking_has_some_loses_no_write() {
-    // More looks than a dissolution needs, so that then it is waiting for the unlinking.
-    const MANY: usize = 2000;
-    for killed in 1..16_u64 {
-        let on = Interrupted::new();
-        on.write(7);
-        let (started, looks, done) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicBool::new(false));
-        let state = Arc::new((started, looks, done));
-        let unlink = {
-            let (on, state) = (Arc::clone(&on), Arc::clone(&state));
-            move || {
-                // The last entry that it looks at before it goes on to the next page is alive until it is asked about.
-                let last = on.place.output() + killed * on.place.span;
-                let inside = Arc::clone(&on);
-                HOOK.set(Some(Box::new(move |format, raw| {
-                    let (started, looks, done) = &*state;
-                    let is_link = inside.machine.table.walk(Gpa::new(inside.place.start())).len() == 3;
-                    let meets = raw & 1 != 0 && raw & MARK != 0 && format.spec(L3, raw).output.as_u64() == last;
-                    if is_link || !meets || started.swap(true, Ordering::SeqCst) {
-                        return;
+    let fold: Step = |on| {
+        on.machine.table.fold(on.place.whole()).unwrap();
+    };
+    for (name, main) in INTERRUPTED.into_iter().chain([("fold", fold)]) {
+        let mut came = 0;
+        for nth in 1..=4 {
+            for killed in [1, 7, 15] {
+                for recorded in [0, 8] {
+                    let on = Interrupted::new();
+                    on.write(recorded);
+                    if name == "fold" {
+                        on.machine.table.split(on.place.whole()).unwrap();
                     }
-                    while looks.load(Ordering::SeqCst) < MANY && !done.load(Ordering::SeqCst) {
-                        std::thread::yield_now();
-                    }
-                })));
-                on.machine.table.unmap(range(0, 2 << 20)).unwrap();
-                HOOK.set(None);
-            }
-        };
-        let mut unlink = Some(unlink);
-        let counting = Arc::clone(&state);
-        let handle = Arc::new(Mutex::new(None));
-        let keep = Arc::clone(&handle);
-        HOOK.set(Some(Box::new(move |format, raw| {
-            let (started, looks, _) = &*counting;
-            looks.fetch_add(1, Ordering::SeqCst);
-            // It has found the set, and is about to claim its first member.
-            if raw & 1 != 0 && raw & MARK != 0 && format.spec(L3, raw).output.as_u64() == Place::ALL[0].output() {
-                if let Some(unlink) = unlink.take() {
-                    let thread: std::thread::JoinHandle<()> = std::thread::spawn(unlink);
-                    while !started.load(Ordering::SeqCst) {
-                        std::thread::yield_now();
-                    }
-                    looks.store(0, Ordering::SeqCst);
-                    *keep.lock().unwrap() = Some(thread);
+                    came += usize::from(
+                        beside_an_unlinking(main, &on, nth, killed)
+                            .unwrap_or_else(|wrong| panic!("{name} at its look {nth}, {killed} were dead: {wrong}")),
+                    );
                 }
             }
-        })));
-        on.machine.table.restrict(on.place.member(15), Access::READ).unwrap();
-        HOOK.set(None);
-        state.2.store(true, Ordering::SeqCst);
-        let thread = handle.lock().unwrap().take();
-        thread.expect("the dissolution looked at the first member").join().unwrap();
-        on.check().unwrap_or_else(|wrong| panic!("{killed} were dead: {wrong}"));
+        }
+        assert_ne!(came, 0, "{name} never looked at the first member");
     }
 }

@@ -13,7 +13,7 @@
 //!   compared too: nothing may be there that was neither there before nor asked for, and nothing may be lost.
 //! - [`Tlb`] is the hardware beside the table: it keeps what was touched until a flush names it, so that a flush that is
 //!   missing, or names too little, is a disagreement.
-//! - [`agree`] runs a whole sequence.
+//! - [`agree`] runs a whole sequence, [`agree_in_want`] one that now and then finds no page.
 //!
 //! Nothing here panics on any input, whatever the table does: what is wrong comes back as a [`Disagreement`].
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -26,5 +26,5 @@ mod tlb;
 
 pub use driver::{DriveError, Driven, Driver, Wrong};
 pub use pages::ScarcePages;
-pub use pair::{Disagreement, Pair, Step, Why, agree};
+pub use pair::{Disagreement, Pair, Step, Why, agree, agree_in_want};
 pub use tlb::Tlb;

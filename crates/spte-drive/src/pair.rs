@@ -366,3 +366,31 @@ pub fn agree<F: Format>(driven: Driven<F>, ops: &[Op]) -> Result<(), Disagreemen
     let Some(last) = ops.last() else { return Ok(()) };
     pair.compare().map_err(|why| Disagreement { index: ops.len() - 1, op: *last, why: Box::new(why) })
 }
+
+/// As [`agree`], in want of pages: before an operation with `Some((after, calls))`, [`ScarcePages::run_out`] is told so. When
+/// the operation is over there are pages again, and one that found none is put again, which has to work. How many found
+/// none.
+///
+/// # Errors
+/// The first [`Disagreement`], as for [`agree`].
+pub fn agree_in_want<F: Format>(driven: Driven<F>, ops: &[(Op, Option<(u64, u64)>)]) -> Result<usize, Disagreement> {
+    let before = |why| Disagreement { index: 0, op: Op::Walk { gpa: 0 }, why: Box::new(why) };
+    let mut pair = Pair::new(driven).map_err(|error| before(error.into()))?;
+    let mut found_none = 0;
+    for (op, want) in ops {
+        if let Some((after, calls)) = *want {
+            pair.driver.pages().run_out(after, calls);
+        }
+        let step = pair.step(op)?;
+        pair.driver.pages().recover();
+        if step == Step::OutOfPages {
+            found_none += 1;
+            pair.step(op)?;
+        }
+    }
+    let Some((last, _)) = ops.last() else { return Ok(0) };
+    match pair.compare() {
+        Ok(()) => Ok(found_none),
+        Err(why) => Err(Disagreement { index: pair.index, op: *last, why: Box::new(why) }),
+    }
+}

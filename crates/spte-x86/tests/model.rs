@@ -59,12 +59,7 @@ fn long_mode(levels: Levels) -> Driven<LongMode> {
 }
 
 fn check<F: Format>(make: impl Fn() -> Driven<F>) {
-    // Where a dirty fact is a bit of software's, leaves with and without it are not merged.
-    let merges = make().shape.hw_dirty();
-    let strategy = spte_model::strategy::ops(&make().shape, 200).prop_map(move |mut ops| {
-        ops.retain(|op| merges || !matches!(op, Op::Collapse { .. }));
-        ops
-    });
+    let strategy = spte_model::strategy::ops(&make().shape, 200);
     proptest!(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() }, |(ops in strategy)| {
         agree(make(), &ops).map_err(|wrong| TestCaseError::fail(wrong.to_string()))?;
     });

@@ -350,7 +350,8 @@ pub trait Format: Send + Sync + 'static {
     /// [`FormatError::Access`] where the format cannot express them.
     fn with_access(&self, level: Level, raw: u64, access: Access) -> Result<u64, FormatError>;
 
-    /// The leaf write-protected. Its dirty fact is cleared where it is a bit of its own (the engine reported it).
+    /// The leaf write-protected. To retain clears its dirty fact (the engine reports what is gone); to arm may leave it to the
+    /// next harvest, where it is a bit of its own.
     fn write_protect(&self, level: Level, raw: u64, how: WriteProtect) -> u64;
 
     /// The leaf with writing granted, where it is armed; `None` where it is not.

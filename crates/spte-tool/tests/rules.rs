@@ -308,6 +308,20 @@ fn rule_06_logging_withholds_writing_until_it_is_used() {
     );
 }
 
+/// As Linux leaves it: the bit says that the leaf was written since the last harvest, and goes with that.
+#[test]
+fn rule_06_the_dirty_bit_outlasts_wrprotect() {
+    let script = "map 0x1000 0x5000 4k rwx\ntouch 0x1000 w\nwrprotect 0 1g\nwalk 0x1000\ndirty 0 1g\nwalk 0x1000\n";
+    let way = "L4 0x0 0000000000000107\nL3 0x0 0000000000000107\nL2 0x0 0000000000000107\n";
+    assert_eq!(
+        run("ept", script),
+        format!(
+            "ok\nok 0x5000\nok\n{way}L1 0x1000 0000000000005375\nend 4\n0x1000 0x1000\nend 1\n\
+             {way}L1 0x1000 0000000000005175\nend 4\n"
+        )
+    );
+}
+
 #[test]
 fn rule_06_arm64_logging_withholds_s2ap_and_dbm() {
     let script = "map 0x1000 0x1000 8k rwx\nwrprotect 0 512g\nwalk 0x1000\ntouch 0x1008 r\ndirty 0 512g\n\

@@ -391,11 +391,12 @@ impl Format for Ept {
         })
     }
 
+    /// Arming leaves hardware's dirty bit for the next harvest (as Linux does).
     fn write_protect(&self, _level: Level, raw: u64, how: WriteProtect) -> u64 {
-        let raw = Self::clean(raw);
-        match how {
-            WriteProtect::Arm => raw & !ept::WRITE,
-            WriteProtect::Retain => WriteBits::EPT.deny(raw),
+        match (how, self.accessed_dirty(raw)) {
+            (WriteProtect::Arm, AccessedDirty::Enabled) => raw & !ept::WRITE,
+            (WriteProtect::Arm, _) => Self::clean(raw) & !ept::WRITE,
+            (WriteProtect::Retain, _) => WriteBits::EPT.deny(Self::clean(raw)),
         }
     }
 

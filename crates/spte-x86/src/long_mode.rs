@@ -401,11 +401,11 @@ impl<U: Usage> Format for LongModeFormat<U> {
         Ok(WriteBits::LONG_MODE.with(raw, access.writable()))
     }
 
+    /// Arming leaves hardware's dirty bit for the next harvest (as Linux does).
     fn write_protect(&self, _level: Level, raw: u64, how: WriteProtect) -> u64 {
-        let raw = raw & !long_mode::DIRTY;
         match how {
             WriteProtect::Arm => raw & !long_mode::WRITE,
-            WriteProtect::Retain => WriteBits::LONG_MODE.deny(raw),
+            WriteProtect::Retain => WriteBits::LONG_MODE.deny(raw & !long_mode::DIRTY),
         }
     }
 

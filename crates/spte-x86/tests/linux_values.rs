@@ -33,8 +33,7 @@ fn ept_leaves_are_linux_leaves() {
     assert_eq!(ept.leaf(L1, &armed(0x501_0000)), Ok(0x8600_0000_0501_0b75));
     assert_eq!(ept.leaf(level(2), &armed(0x1020_0000)), Ok(0x8600_0000_1020_0bf5));
     assert_eq!(ept.leaf(L1, &read_only(0x501_2000)), Ok(0x8000_0000_0501_2975));
-    // Ours clears D with W, as it is reported by then; Linux leaves it.
-    assert_eq!(ept.write_protect(L1, 0x8600_0000_0501_0b77, WriteProtect::Arm), 0x8600_0000_0501_0975);
+    assert_eq!(ept.write_protect(L1, 0x8600_0000_0501_0b77, WriteProtect::Arm), 0x8600_0000_0501_0b75);
     assert_eq!(ept.upgrade(L1, 0x8600_0000_0501_0b75), Some(0x8600_0000_0501_0b77));
 }
 

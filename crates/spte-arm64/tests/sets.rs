@@ -1457,9 +1457,20 @@ fn a_set_that_is_dissolved_and_folded_while_another_dissolves_it_stays_whole() {
     }
 }
 
-/// Runs `main`, and at its `nth` look at the first member an unlinking of the whole table, which stops when it has killed
-/// `killed` entries and goes on when `main` is done or waits. Whether there was such a look, with nothing claimed.
-fn beside_an_unlinking(main: Step, on: &Arc<Interrupted>, nth: usize, killed: u64) -> Result<bool, String> {
+/// Whether `raw` is the leaf to `output`.
+fn leads_to(format: &Stage2, raw: u64, output: u64) -> bool {
+    raw & 1 != 0 && format.kind(L3, raw) == Kind::Leaf && format.spec(L3, raw).output.as_u64() == output
+}
+
+/// Runs `main`, and at its `nth` look at the first member, in another thread, `other`, which stops at the first look where
+/// `stops` says so, and goes on when `main` is done or waits. Whether there was such a look of `main`, with nothing claimed.
+fn beside(
+    main: Step,
+    on: &Arc<Interrupted>,
+    nth: usize,
+    other: Step,
+    stops: impl Fn(&Interrupted, &Stage2, u64) -> bool + Send + 'static,
+) -> Result<bool, String> {
     // More looks than any operation here needs that does not wait.
     const MANY: usize = 1000;
     #[derive(Default)]
@@ -1470,37 +1481,32 @@ fn beside_an_unlinking(main: Step, on: &Arc<Interrupted>, nth: usize, killed: u6
         done: AtomicBool,
     }
     let state = Arc::new(State::default());
-    let is_member = |format: &Stage2, raw: u64, output: u64| {
-        raw & 1 != 0 && format.kind(L3, raw) == Kind::Leaf && format.spec(L3, raw).output.as_u64() == output
-    };
-    let (inside, beside) = (Arc::clone(on), Arc::clone(&state));
-    let unlink = move || {
-        let alive = inside.place.output() + killed * inside.place.span;
-        let (walked, progress) = (Arc::clone(&inside), Arc::clone(&beside));
+    let (inside, shared) = (Arc::clone(on), Arc::clone(&state));
+    let other = move || {
+        let (walked, progress) = (Arc::clone(&inside), Arc::clone(&shared));
         HOOK.set(Some(Box::new(move |format, raw| {
-            let linked = walked.machine.table.walk(Gpa::new(walked.place.start())).len() == 3;
-            if linked || !is_member(format, raw, alive) || progress.stopped.swap(true, Ordering::SeqCst) {
+            if !stops(&walked, format, raw) || progress.stopped.swap(true, Ordering::SeqCst) {
                 return;
             }
             while progress.looks.load(Ordering::SeqCst) < MANY && !progress.done.load(Ordering::SeqCst) {
                 std::thread::yield_now();
             }
         })));
-        inside.machine.table.unmap(range(0, 2 << 20)).unwrap();
+        other(&inside);
         HOOK.set(None);
-        beside.stopped.store(true, Ordering::SeqCst);
+        shared.stopped.store(true, Ordering::SeqCst);
     };
     let handle = Arc::new(Mutex::new(None));
     let (keep, progress, walked) = (Arc::clone(&handle), Arc::clone(&state), Arc::clone(on));
-    let (mut unlink, mut met) = (Some(unlink), 0);
+    let (mut other, mut met) = (Some(other), 0);
     HOOK.set(Some(Box::new(move |format, raw| {
         progress.looks.fetch_add(1, Ordering::SeqCst);
-        met += usize::from(is_member(format, raw, walked.place.output()));
-        if met != nth || unlink.is_none() || walked.is_claimed() {
+        met += usize::from(leads_to(format, raw, walked.place.output()));
+        if met != nth || other.is_none() || walked.is_claimed() {
             return;
         }
-        if let Some(unlink) = unlink.take() {
-            *keep.lock().unwrap() = Some(std::thread::spawn(unlink));
+        if let Some(other) = other.take() {
+            *keep.lock().unwrap() = Some(std::thread::spawn(other));
             while !progress.stopped.load(Ordering::SeqCst) {
                 std::thread::yield_now();
             }
@@ -1531,12 +1537,44 @@ fn who_dissolves_a_set_of_which_an_unlinking_has_some_loses_no_write() {
                     if name == "fold" {
                         on.machine.table.split(on.place.whole()).unwrap();
                     }
+                    // Behind the link, which it has claimed, this one is next.
+                    let stops = move |on: &Interrupted, format: &Stage2, raw| {
+                        let linked = on.machine.table.walk(Gpa::new(on.place.start())).len() == 3;
+                        !linked && leads_to(format, raw, on.place.output() + killed * on.place.span)
+                    };
+                    let unlink: Step = |on| {
+                        on.machine.table.unmap(range(0, 2 << 20)).unwrap();
+                    };
+                    let result = beside(main, &on, nth, unlink, stops);
                     came += usize::from(
-                        beside_an_unlinking(main, &on, nth, killed)
-                            .unwrap_or_else(|wrong| panic!("{name} at its look {nth}, {killed} were dead: {wrong}")),
+                        result.unwrap_or_else(|wrong| panic!("{name} at its look {nth}, {killed} were dead: {wrong}")),
                     );
                 }
             }
+        }
+        assert_ne!(came, 0, "{name} never looked at the first member");
+    }
+}
+
+/// While a set is dissolved its facts are with who dissolves it, across a flush.
+#[test]
+fn who_meets_a_set_that_is_being_dissolved_waits_for_its_facts() {
+    let harvest: Step = |on| {
+        on.harvest(on.place.whole());
+        let harvested = on.harvested.lock().unwrap().clone();
+        let all = (0..on.place.members).all(|member| harvested.contains(&on.place.member(member)));
+        assert!(all, "written before the harvest, and not in it: {harvested:?}");
+    };
+    for (name, main) in INTERRUPTED.into_iter().chain([("harvest of what was written", harvest)]) {
+        let mut came = 0;
+        for nth in 1..=4 {
+            let on = Interrupted::new();
+            on.write(15);
+            let stops = |on: &Interrupted, _: &Stage2, _| {
+                (0..on.place.members).all(|member| on.machine.kind(on.place.at(member)) == Kind::Claimed)
+            };
+            let result = beside(main, &on, nth, |on| on.machine.table.split(on.place.whole()).unwrap(), stops);
+            came += usize::from(result.unwrap_or_else(|wrong| panic!("{name} at its look {nth}: {wrong}")));
         }
         assert_ne!(came, 0, "{name} never looked at the first member");
     }

@@ -59,6 +59,32 @@ impl Bytes {
     }
 }
 
+/// The answer of [`Bytes::overlaps`] and how far it goes, for a walk that asks about one stretch after the other.
+#[derive(Debug, Default)]
+pub(crate) struct Nearest {
+    /// Known from here...
+    from: u64,
+    /// ...to here:
+    to: u64,
+    inside: bool,
+}
+
+impl Nearest {
+    /// As [`Bytes::overlaps`], of a set that is the same at each call.
+    pub(crate) fn overlaps(&mut self, set: &Bytes, start: u64, end: u64) -> bool {
+        if self.from <= start && end <= self.to {
+            return self.inside;
+        }
+        let before = set.0.range(..=start).next_back().filter(|&(_, &to)| to > start);
+        let next = || set.0.range(start..).next().map_or(u64::MAX, |(&from, _)| from);
+        (self.from, self.to, self.inside) = match before {
+            Some((_, &to)) => (start, to, true),
+            None => (start, next(), false),
+        };
+        if end <= self.to { self.inside } else { set.overlaps(start, end) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,9 +104,11 @@ mod tests {
                         let at = at as u64;
                         *flag = ((a..b).contains(&at) || (c..d).contains(&at)) && !(e..f).contains(&at);
                     });
+                    let mut nearest = Nearest::default();
                     for &(from, to) in &ranges {
                         let part = &flags[from as usize..to as usize];
                         assert_eq!(set.overlaps(from, to), part.contains(&true));
+                        assert_eq!(nearest.overlaps(&set, from, to), part.contains(&true));
                         let bytes: u64 = set.within(from, to).iter().map(|(from, to)| to - from).sum();
                         assert_eq!(bytes as usize, part.iter().filter(|flag| **flag).count());
                     }

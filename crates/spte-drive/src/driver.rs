@@ -11,7 +11,7 @@ use notifier_core::{
     Access, AddrRange, Admission, Change, Extent, Gpa, GpaRange, Outcome as PageOutcome, OutputAddr, RangeError, Space,
     Subscription, Walker,
 };
-use spte_core::format::{Format, FormatError, Kind, LeafSpec, Level};
+use spte_core::format::{EntryError, Format, FormatError, Kind, LeafSpec, Level};
 use spte_core::{
     CollapseError, FlushFailed, HarvestError, HeapPages, MapError, MapOptions, Mapped, Miss, PageSource, RemoveError,
     SplitError, Table, TableError, Upgrade,
@@ -19,7 +19,7 @@ use spte_core::{
 use spte_model::{Fault, Leaf, Logging, MemType, Op, Outcome, PageChoice, Reject, Shape, TouchKind};
 use thiserror::Error;
 
-use crate::bytes::Bytes;
+use crate::bytes::{Bytes, Nearest};
 use crate::pages::ScarcePages;
 use crate::tlb::{Cached, Tlb};
 
@@ -66,6 +66,14 @@ pub enum Wrong {
         at: u64,
         /// What it said.
         source: Box<dyn Error + Send + Sync>,
+    },
+    /// A raw entry breaks a rule of its format.
+    #[error("at {at}: {source}")]
+    Entry {
+        /// Where it stands.
+        at: Gpa,
+        /// The rule.
+        source: EntryError,
     },
     /// A map that was to refuse what is present did not, or named another address.
     #[error("a map of absent memory alone over {present:#x}, which is present, named {named:?}")]
@@ -240,6 +248,21 @@ pub struct Driver<F: Format, P: PageSource = HeapPages> {
     open: Bytes,
 }
 
+/// What a walk over leaves knows from the leaf before.
+struct Known<A> {
+    mem: Option<(A, MemType)>,
+    armed: Nearest,
+    open: Nearest,
+    written: Nearest,
+}
+
+impl<A> Default for Known<A> {
+    fn default() -> Self {
+        let [armed, open, written] = [(); 3].map(|()| Nearest::default());
+        Self { mem: None, armed, open, written }
+    }
+}
+
 fn range(start: u64, len: u64) -> Result<GpaRange, DriveError> {
     AddrRange::with_len(Gpa::new(start), len).map_err(failed::<RangeError>("a range", start))
 }
@@ -343,16 +366,24 @@ impl<F: Format, P: PageSource> Driver<F, P> {
     }
 
     /// Leaves that have a byte in `start..end`, ascending, each with where it begins, as the model writes them. `end` is at
-    /// most what the shape's address bits reach.
+    /// most what the shape's address bits reach. Every raw entry that spans one of these bytes is checked.
     ///
     /// # Errors
-    /// [`Wrong`] where a leaf is impossible.
+    /// [`Wrong`] where an entry or a leaf is impossible.
     pub fn leaves(&self, start: u64, end: u64) -> Result<Vec<(u64, Leaf)>, DriveError> {
+        let format = self.table.format();
         let mut leaves = Vec::new();
         let mut wrong = None;
+        let mut known = Known::default();
         self.table.visit(range(start, end.saturating_sub(start))?, |found| {
-            if found.kind == Kind::Leaf && wrong.is_none() {
-                match self.leaf(found.level, found.start.as_u64(), found.span, found.raw) {
+            if wrong.is_some() {
+                return;
+            }
+            let claim = if matches!(found.kind, Kind::Table(_) | Kind::Leaf) { format.claim_bit() } else { 0 };
+            if let Err(source) = format.check(found.level, found.raw & !claim) {
+                wrong = Some(Wrong::Entry { at: found.start, source });
+            } else if found.kind == Kind::Leaf {
+                match self.leaf_of(&mut known, found.level, found.start.as_u64(), found.span, found.raw) {
                     Ok(leaf) => leaves.push(leaf),
                     Err(error) => wrong = Some(error),
                 }
@@ -365,13 +396,31 @@ impl<F: Format, P: PageSource> Driver<F, P> {
     }
 
     fn leaf(&self, level: Level, start: u64, size: u64, raw: u64) -> Result<(u64, Leaf), Wrong> {
+        self.leaf_of(&mut Known::default(), level, start, size, raw)
+    }
+
+    fn leaf_of(
+        &self,
+        known: &mut Known<F::Attrs>,
+        level: Level,
+        start: u64,
+        size: u64,
+        raw: u64,
+    ) -> Result<(u64, Leaf), Wrong> {
         let format = self.table.format();
         let LeafSpec { output, access, armed, accessed, dirty, attrs } = format.spec(level, raw);
-        let mem = MemType::ALL.into_iter().find(|mem| (self.attrs)(*mem) == Some(attrs));
-        let mem = mem.ok_or(Wrong::Attributes { at: start, raw })?;
-        let logging = if self.armed.overlaps(start, start + size) {
+        let end = start + size;
+        let mem = match known.mem {
+            Some((known, mem)) if known == attrs => mem,
+            _ => {
+                let mem = MemType::ALL.into_iter().find(|mem| (self.attrs)(*mem) == Some(attrs));
+                mem.ok_or(Wrong::Attributes { at: start, raw })?
+            }
+        };
+        known.mem = Some((attrs, mem));
+        let logging = if known.armed.overlaps(&self.armed, start, end) {
             Logging::Armed
-        } else if self.open.overlaps(start, start + size) {
+        } else if known.open.overlaps(&self.open, start, end) {
             Logging::Open
         } else {
             Logging::Off
@@ -382,7 +431,7 @@ impl<F: Format, P: PageSource> Driver<F, P> {
         if withheld != (access.writable() && logging == Logging::Armed) && !by_age {
             return Err(Wrong::Withheld { at: start, raw, withheld, logging });
         }
-        let dirty = (dirty && self.shape.hw_dirty()) || self.written.overlaps(start, start + size);
+        let dirty = (dirty && self.shape.hw_dirty()) || known.written.overlaps(&self.written, start, end);
         Ok((start, Leaf { size, out: output.as_u64(), access: model_access(access), mem, accessed, dirty, logging }))
     }
 

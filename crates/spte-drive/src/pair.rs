@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A table and the model of it, step by step.
 
-use notifier_core::{AddrRange, Gpa};
-use spte_core::format::{EntryError, Format, Kind};
+use spte_core::format::Format;
 use spte_core::{HeapPages, PageSource};
 use spte_model::{Leaf, LeafError, Logging, Model, Op, Outcome, Reject};
 use thiserror::Error;
@@ -11,10 +10,8 @@ use crate::driver::{DriveError, Driven, Driver, Wrong};
 use crate::pages::ScarcePages;
 
 /// With fewer leaves than this all are compared after each operation, and every raw entry is checked; with more, only what
-/// the operation can have touched, and all now and then.
+/// the operation can have touched, and all of them whenever that has come to as many.
 const FEW: usize = 128;
-/// So often, in operations.
-const NOW_AND_THEN: usize = 32;
 
 /// Table and model differ.
 #[derive(Debug, Error)]
@@ -52,14 +49,6 @@ pub enum Why {
     LostWrite {
         /// Where the leaf began.
         gpa: u64,
-    },
-    /// A raw entry breaks a rule of its format.
-    #[error("at {at}: {source}")]
-    Entry {
-        /// Where it stands.
-        at: Gpa,
-        /// The rule.
-        source: EntryError,
     },
     /// The leaves differ.
     #[error("the leaf is {found:x?}, not {expected:x?}")]
@@ -107,6 +96,8 @@ pub struct Pair<F: Format, P: PageSource = HeapPages> {
     driver: Driver<F, P>,
     /// Operations so far.
     index: usize,
+    /// Leaves compared since all were.
+    looked_at: usize,
 }
 
 impl<F: Format> Pair<F> {
@@ -126,7 +117,7 @@ impl<F: Format, P: PageSource> Pair<F, P> {
     /// See [`Driver::with_pages`].
     pub fn with_pages(driven: Driven<F>, pages: ScarcePages<P>) -> Result<Self, DriveError> {
         let model = Model::new(driven.shape.clone());
-        Ok(Self { model, driver: Driver::with_pages(driven, pages)?, index: 0 })
+        Ok(Self { model, driver: Driver::with_pages(driven, pages)?, index: 0, looked_at: 0 })
     }
 
     /// The model.
@@ -152,7 +143,7 @@ impl<F: Format, P: PageSource> Pair<F, P> {
     pub fn step(&mut self, op: &Op) -> Result<Step, Disagreement> {
         let index = self.index;
         self.index += 1;
-        self.apply(op, index).map_err(|why| Disagreement { index, op: *op, why: Box::new(why) })
+        self.apply(op).map_err(|why| Disagreement { index, op: *op, why: Box::new(why) })
     }
 
     /// Compares everything, whatever the number of leaves.
@@ -164,11 +155,17 @@ impl<F: Format, P: PageSource> Pair<F, P> {
         self.check()
     }
 
+    /// Checks every raw entry.
+    fn check(&self) -> Result<(), Why> {
+        let checked = self.driver.table().check();
+        checked.map_err(|(at, source)| DriveError::from(Wrong::Entry { at, source }).into())
+    }
+
     fn end(&self) -> u64 {
         1 << self.model.shape().gpa_bits()
     }
 
-    fn apply(&mut self, op: &Op, index: usize) -> Result<Step, Why> {
+    fn apply(&mut self, op: &Op) -> Result<Step, Why> {
         let failed = self.driver.pages().failed();
         let before = self.driver.pages().may_run_out().then(|| self.model.clone());
         if let Err(reject) = op.check(self.model.shape()) {
@@ -204,11 +201,14 @@ impl<F: Format, P: PageSource> Pair<F, P> {
         for &(gpa, leaf) in self.model.removed() {
             self.driver.forget(gpa, gpa + leaf.size);
         }
-        if index % NOW_AND_THEN == 0 || self.model.leaves().take(FEW).count() < FEW {
+        if self.model.leaf_count() < FEW {
             self.compare()?;
         } else {
-            self.compare_between(start, end)?;
-            self.check_between(start, end)?;
+            self.looked_at += self.compare_between(start, end)?;
+            if self.looked_at >= self.model.leaf_count() {
+                self.looked_at = 0;
+                self.compare_between(0, self.end())?;
+            }
         }
         Ok(Step::Answered(found))
     }
@@ -232,38 +232,19 @@ impl<F: Format, P: PageSource> Pair<F, P> {
         (first, self.model.leaf(end - 1).map_or(end, |(start, leaf)| start + leaf.size))
     }
 
-    /// Checks every raw entry.
-    fn check(&self) -> Result<(), Why> {
-        self.driver.table().check().map_err(|(at, source)| Why::Entry { at, source })
-    }
-
-    /// Checks the raw entries that span a byte of `start..end`.
-    fn check_between(&self, start: u64, end: u64) -> Result<(), Why> {
-        let table = self.driver.table();
-        let format = table.format();
-        let mut wrong = None;
-        if let Ok(range) = AddrRange::new(Gpa::new(start), Gpa::new(end)) {
-            table.visit(range, |found| {
-                let claim = if matches!(found.kind, Kind::Table(_) | Kind::Leaf) { format.claim_bit() } else { 0 };
-                if let (None, Err(source)) = (&wrong, format.check(found.level, found.raw & !claim)) {
-                    wrong = Some(Why::Entry { at: found.start, source });
-                }
-            });
-        }
-        wrong.map_or(Ok(()), Err)
-    }
-
-    /// Compares the leaves that have a byte in `start..end`.
-    fn compare_between(&self, start: u64, end: u64) -> Result<(), Why> {
+    /// Compares the leaves that have a byte in `start..end`, and checks the raw entries there and above; how many leaves.
+    fn compare_between(&self, start: u64, end: u64) -> Result<usize, Why> {
         let mut theirs = self.model.leaves_in(start, end).map(|(gpa, leaf)| (gpa, *leaf));
-        for ours in self.driver.leaves(start, end)? {
+        let leaves = self.driver.leaves(start, end)?;
+        let count = leaves.len();
+        for ours in leaves {
             let expected = theirs.next();
             if expected != Some(ours) {
                 return Err(Why::Leaf { found: Some(ours), expected });
             }
         }
         match theirs.next() {
-            None => Ok(()),
+            None => Ok(count),
             expected => Err(Why::Leaf { found: None, expected }),
         }
     }

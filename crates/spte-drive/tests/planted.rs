@@ -228,7 +228,7 @@ fn rights_that_stay_and_rights_that_stay_away_are_found() {
 #[test]
 fn entries_that_hardware_refuses_are_found() {
     let why = found(Fault::SetsReserved);
-    assert!(matches!(why, Some(Why::Entry { .. })), "{why:?}");
+    assert!(matches!(why, Some(Why::Drive(DriveError::Wrong(Wrong::Entry { .. })))), "{why:?}");
 }
 
 #[test]

@@ -143,6 +143,11 @@ impl Model {
         self.leaves.iter().map(|(&gpa, leaf)| (gpa, leaf))
     }
 
+    /// How many leaves there are.
+    pub fn leaf_count(&self) -> usize {
+        self.leaves.len()
+    }
+
     /// Every leaf that has a byte in `start..end`, ascending, with the guest address where it begins.
     pub fn leaves_in(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, &Leaf)> {
         let first = self.leaf(start).map_or(start, |(first, _)| first);

@@ -742,7 +742,10 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
 
 /// The rights that were resolved for all of `part`, if they were resolved to `output`.
 fn resolved_access(admission: &Admission<'_>, part: GpaRange, output: OutputAddr) -> Access {
-    let extent = admission.extents().iter().find(|extent| extent.guest.covers(&part));
+    // They are in ascending order.
+    let extents = admission.extents();
+    let extent = extents.get(extents.partition_point(|extent| extent.guest.end() <= part.start()));
+    let extent = extent.filter(|extent| extent.guest.covers(&part));
     let offset = |extent: &Extent| part.start().as_u64() - extent.guest.start().as_u64();
     extent
         .filter(|extent| extent.output.wrapping_add(offset(extent)) == output)

@@ -196,7 +196,7 @@ fn main() {
         ("decode", decode()),
         ("script", script()),
         ("protocol", (0..24).map(|n| noise(n, 256 + 16 * n as usize)).collect()),
-        ("ept", operations(&Shape::ept(), &[&[0], &[2], &[32], &[8], &[5]])),
+        ("ept", operations(&Shape::ept(), &[&[0], &[0x40], &[0x80], &[0x2c], &[0x13]])),
         ("npt", operations(&Shape::npt(), &[&[0], &[1], &[6]])),
         ("x86_64", operations(&Shape::x86_64(), &[&[0], &[1], &[6]])),
         ("la57", operations(&Shape::x86_64_la57(), &[&[0], &[1], &[6]])),

@@ -18,7 +18,7 @@ use spte_x86::{
 use crate::bytes::Bytes;
 
 /// The most operations of one input.
-const MOST: usize = 160;
+const MOST: usize = 100;
 
 /// EPT: options, then operations.
 pub fn ept(data: &[u8]) {
@@ -113,20 +113,24 @@ fn sized(like: Shape, sizes: usize, gpa_bits: u32) -> Shape {
 fn ept_driven(input: &mut Bytes<'_>) -> Driven<Ept> {
     let how = input.byte();
     let levels = if how & 1 == 0 { Levels::Four } else { Levels::Five };
-    let hardware = true;
-    let (execute_only, pages_2m, pages_1g) = (how & 4 == 0, how & 8 == 0, how & 24 == 0);
+    let accessed_dirty =
+        [AccessedDirty::Enabled, AccessedDirty::Disabled, AccessedDirty::WriteProtectOnly, AccessedDirty::Enabled]
+            [usize::from(how >> 6)];
+    let (execute_only, pages_2m, pages_1g) = (how & 2 == 0, how & 12 != 12, how & 20 == 0);
     let options = EptOptions {
         levels,
         execute_only,
         pages_2m,
         pages_1g,
         suppress_ve: how & 32 == 0,
-        accessed_dirty: if hardware { AccessedDirty::Enabled } else { AccessedDirty::Disabled },
+        accessed_dirty,
         ..EptOptions::default()
     };
     let bits = if levels == Levels::Five { 57 } else { 48 };
     let sizes = 1 + usize::from(pages_2m) + usize::from(pages_1g);
-    let shape = sized(Shape::ept(), sizes, bits).with_hw_ad(hardware);
+    let shape = sized(Shape::ept(), sizes, bits)
+        .with_hw_ad(accessed_dirty == AccessedDirty::Enabled)
+        .with_hw_accessed(accessed_dirty != AccessedDirty::Disabled);
     let readable = [Access::RWX, Access::RW, Access::RX, Access::R];
     let shape = if execute_only { shape } else { shape.with_access(&readable) };
     Driven { format: Ept::new(options).expect("options of a machine"), shape, attrs: ept_attrs }
@@ -160,7 +164,8 @@ fn stage2_driven(input: &mut Bytes<'_>) -> Option<Driven<Stage2>> {
         granule,
         ipa_bits: 32 + input.below(17),
         physical_bits: 48,
-        accessed_dirty: if how & 1 == 0 { Management::Software } else { Management::Hardware },
+        accessed_dirty: [Management::Software, Management::Hardware, Management::HardwareAccessed]
+            [usize::from(how & 0x81 == 0x81) + usize::from(how & 1)],
         fwb: how & 6 == 6,
         xnx: how & 8 == 8,
         start: if how & 16 == 0 { Start::FewestLevels } else { Start::SingleTable },
@@ -176,8 +181,11 @@ fn stage2_driven(input: &mut Bytes<'_>) -> Option<Driven<Stage2>> {
     // Pages are at level 3, the next larger blocks at 2; above the level where walks begin there is nothing.
     let levels = usize::try_from(4 - format.start_level()).ok()?;
     let sizes = &sizes[..sizes.len().min(levels)];
-    let shape = Shape::new(sizes, options.ipa_bits.into(), 48).ok()?.with_hw_ad(options.accessed_dirty.sets_dirty());
-    let shape = if options.fwb { shape.with_mem(&[MemType::Wb, MemType::Uc, MemType::Wc]) } else { shape };
+    let shape = Shape::new(sizes, options.ipa_bits.into(), 48)
+        .ok()?
+        .with_hw_ad(options.accessed_dirty.sets_dirty())
+        .with_hw_accessed(options.accessed_dirty.sets_accessed());
+    let shape = if options.fwb { shape.with_forced_write_back() } else { shape };
     Some(Driven { format, shape, attrs: stage2_attrs })
 }
 

@@ -84,6 +84,12 @@ pub fn look(data: &[u8]) -> Seen {
     seen.unwrap_or_default()
 }
 
+/// Asks everything of `format` of entries, written as an input has them; `hardware` is what the architecture takes one for.
+/// For formats that are wrong on purpose.
+pub fn look_with<F: Format>(format: &F, entries: &[u8], hardware: impl Fn(&F, Level, u64) -> HardwareKind) -> Seen {
+    each(format, &mut Bytes(entries), hardware, |_, _, _| 0, |_, _| false, |a, b| a == b)
+}
+
 // ---- formats with any options ---------------------------------------------------------------------------------------
 
 fn levels(input: &mut Bytes<'_>) -> Levels {

@@ -10,8 +10,10 @@ use crate::driver::{DriveError, Driven, Driver, Wrong};
 use crate::pages::ScarcePages;
 
 /// With fewer leaves than this all are compared after each operation, and every raw entry is checked; with more, only what
-/// the operation can have touched, and all of them whenever that has come to as many.
+/// the operation can have touched, and all of them whenever that has come to [`TIMES`] as many.
 const FEW: usize = 128;
+/// See [`FEW`].
+const TIMES: usize = 4;
 
 /// Table and model differ.
 #[derive(Debug, Error)]
@@ -198,14 +200,17 @@ impl<F: Format, P: PageSource> Pair<F, P> {
                 return Err(Why::LostWrite { gpa });
             }
         }
-        for &(gpa, leaf) in self.model.removed() {
-            self.driver.forget(gpa, gpa + leaf.size);
+        let removed = self.model.removed();
+        for run in removed.chunk_by(|(gpa, leaf), (next, _)| gpa + leaf.size == *next) {
+            if let (Some((first, _)), Some((last, leaf))) = (run.first(), run.last()) {
+                self.driver.forget(*first, last + leaf.size);
+            }
         }
         if self.model.leaf_count() < FEW {
             self.compare()?;
         } else {
             self.looked_at += self.compare_between(start, end)?;
-            if self.looked_at >= self.model.leaf_count() {
+            if self.looked_at >= TIMES * self.model.leaf_count() {
                 self.looked_at = 0;
                 self.compare_between(0, self.end())?;
             }

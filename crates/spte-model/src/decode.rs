@@ -277,10 +277,11 @@ fn spoiled(shape: &Shape, mut op: Op, how: u8) -> Op {
     op
 }
 
-/// The most bytes that one operation breaks up or maps by granules: two tables of the last level.
+/// The most bytes that one operation breaks up or maps by granules: two tables of the last level, or one where that has
+/// 8192 entries.
 fn limit(shape: &Shape) -> u64 {
     let second = shape.leaf_sizes().get(1).copied().unwrap_or(u64::MAX);
-    second.saturating_mul(2).min(shape.granule().saturating_mul(1 << 14))
+    second.saturating_mul(2).min(shape.granule().saturating_mul(1 << 13))
 }
 
 fn largest(shape: &Shape) -> u64 {

@@ -359,6 +359,35 @@ fn rule_7_without_hardware_a_write_that_nobody_withheld_is_unseen() {
     );
 }
 
+/// What arm64 may have (HA without HD), and EPT where its dirty bits are somebody else's.
+#[test]
+fn rule_7_hardware_may_set_accessed_alone() {
+    run(
+        software_ad().with_hw_accessed(true),
+        "map 0 0 4k rw
+         age 0 4k # ok 1
+         touch 0 w # ok 0x0
+         age 0 4k # ok 1
+         dirty 0 4k # end 0
+         wrprotect 0 4k
+         touch 0 w # ok 0x0
+         dirty 0 4k # 0x0 0x1000;end 1",
+    );
+}
+
+/// The granule is what a page is, for repointing too.
+#[test]
+fn rule_9_arm64_repoints_pages_of_its_granule() {
+    let model = run(
+        Shape::arm64_stage2(16 << 10, 40, 48, false).unwrap(),
+        "map 0x2000000 0x4000000 32m rw page=32m
+         change 0x2004000 0x8000 # changed",
+    );
+    let repointed = leaf(&model, 0x2004000);
+    assert_eq!((repointed.size, repointed.out, repointed.access), (0x4000, 0x8000, Access::R));
+    assert_eq!(model.leaf_count(), 2048);
+}
+
 #[test]
 fn rule_8_age_counts_young_leaves_and_makes_them_old() {
     let model = run(

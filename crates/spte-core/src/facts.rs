@@ -46,15 +46,10 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             if !self.is_member(cell.level, raw) {
                 return u64::from(self.age_cell(cell, raw, &mut batch));
             }
-            // A set ages as one: with its first member in the range, which answers for the others.
-            let set = cell.span << self.format.set_shift(cell.level);
-            let (start, first) = (cell.start & !(set - 1), range.start().as_u64());
-            if cell.start != start && cell.start > first {
-                return 0;
-            }
+            // A set ages as one, with its first member in the range.
+            let Some(members) = self.answers_for(cell, range) else { return 0 };
             let mut young = self.age_cell(cell, raw, &mut batch);
             self.for_others(cell, |other, raw| young |= self.age_cell(other, raw, &mut batch));
-            let members = (start.saturating_add(set).min(range.end().as_u64()) - cell.start).div_ceil(cell.span);
             if young { members } else { 0 }
         });
         batch.finish(false)?;
@@ -88,8 +83,26 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
 
     /// How many leaves with a byte in `range` are young. Changes nothing.
     pub fn test_age(&self, range: GpaRange) -> u64 {
-        let young = |level, raw| self.format.is_young(level, raw);
-        self.for_leaves(range, |cell, raw| u64::from(self.leaf_or_set(cell, raw, young)))
+        let format = &self.format;
+        self.for_leaves(range, |cell, raw| {
+            let mut young = format.is_young(cell.level, raw);
+            if !self.is_member(cell.level, raw) {
+                return u64::from(young);
+            }
+            let Some(members) = self.answers_for(cell, range) else { return 0 };
+            self.for_others(cell, |other, raw| young |= format.is_young(other.level, raw));
+            if young { members } else { 0 }
+        })
+    }
+
+    /// How many members of a set `cell`, one of them, answers for: all that have a byte in `range`, if it is the first of
+    /// those.
+    fn answers_for(&self, cell: &Cell<'_>, range: GpaRange) -> Option<u64> {
+        let set = cell.span << self.format.set_shift(cell.level);
+        let start = cell.start & !(set - 1);
+        let is_first = cell.start == start || cell.start <= range.start().as_u64();
+        let end = start.saturating_add(set).min(range.end().as_u64());
+        is_first.then(|| end.saturating_sub(cell.start).div_ceil(cell.span))
     }
 
     /// Adds up what `question` says of each leaf.

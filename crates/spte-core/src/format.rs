@@ -385,7 +385,7 @@ pub trait Format: Send + Sync + 'static {
 
     /// log2 of how many leaves of `level`, in a row in one table, may be marked as a set that hardware may hold as one
     /// (see [`sets`](crate::sets)); 0 where there are no sets. A set begins at a multiple of its own span, and is
-    /// no larger than a table.
+    /// no larger than a table. A format with sets has no [late facts](Format::late_facts): those are collected page by page.
     fn set_shift(&self, level: Level) -> u8 {
         let _ = level;
         0

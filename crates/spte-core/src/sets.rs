@@ -236,22 +236,6 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         Some(dirty)
     }
 
-    /// Whether the leaf `raw` in `cell`, or another member of its set, answers yes.
-    pub(crate) fn leaf_or_set(&self, cell: &Cell<'_>, raw: u64, question: impl Fn(Level, u64) -> bool) -> bool {
-        if question(cell.level, raw) || !self.is_member(cell.level, raw) {
-            return question(cell.level, raw);
-        }
-        let pin = self.space.pin();
-        self.set_around(&pin, cell).is_some_and(|set| {
-            set.cells().any(|other| {
-                let raw = other.load(&self.format);
-                view(&self.format, other.level, raw) == View::Leaf
-                    && self.format.in_set(other.level, raw)
-                    && question(other.level, raw)
-            })
-        })
-    }
-
     /// Calls `change` for the other members of the set around `cell`, which is a member. Waits for nothing.
     pub(crate) fn for_others(&self, cell: &Cell<'_>, mut change: impl FnMut(&Cell<'_>, u64)) {
         let pin = self.space.pin();
@@ -286,7 +270,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     /// sets were made. Armed leaves are left alone. In formats without sets nothing happens.
     ///
     /// Each set is broken, flushed and made: a guest may see a transient fault there. Worth it for memory that will be read
-    /// for long; what changes a page later dissolves its set again.
+    /// for long; what changes a page later dissolves its set again, with a flush for each set. Facts become the set's: not
+    /// for slots whose writes are logged through dirty bits, where one write would be reported as a set of pages.
     ///
     /// # Errors
     /// See [`FoldError`].

@@ -161,6 +161,8 @@ impl Ept {
             writes.all(),
             "W needs MMU-writable, and MMU-writable needs host-writable",
         )?;
+        let unreadable = raw & writes.mmu != 0 && self.restored(raw) & ept::READ == 0;
+        refuse(level, raw, if unreadable { writes.mmu } else { 0 }, "MMU-writable needs R, or a saved R")?;
         let fact = raw & software::ept::DIRTY_FACT;
         let misplaced = self.options().accessed_dirty == AccessedDirty::Enabled || raw & ept::WRITE != 0;
         refuse(level, raw, if misplaced { fact } else { 0 }, "the dirty fact stands in for W where D is not used")?;

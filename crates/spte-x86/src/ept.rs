@@ -188,7 +188,7 @@ impl Ept {
     }
 
     /// A tracked leaf with its rights back, any other as it is.
-    fn restored(&self, raw: u64) -> u64 {
+    pub(crate) fn restored(&self, raw: u64) -> u64 {
         if !self.is_tracked(raw) {
             return raw;
         }

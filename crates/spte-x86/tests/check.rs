@@ -146,6 +146,7 @@ fn ept_software_rules() {
     assert_eq!(broken(1, leaf | 1 << 54), Some(1 << 54), "saved rights of a leaf that has its own");
     assert_eq!(broken(1, leaf | 1 << 59), Some(1 << 59), "a fact that bit 9 holds");
     assert_eq!(broken(1, leaf | 1 << 62), Some(1 << 62), "nothing is withheld at 4K");
+    assert_eq!(broken(1, leaf & !3), Some(1 << 58), "armed, and not readable");
     assert_eq!(broken(2, link | 1 << 57), Some(1 << 57), "a link is not host-writable");
     assert_eq!(broken(2, link & !7), Some(0x800), "a link without rights");
     assert_eq!(broken(1, leaf | 1 << 55), None, "a claimed leaf");

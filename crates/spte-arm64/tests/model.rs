@@ -81,23 +81,23 @@ macro_rules! compare {
 compare! {
     granule_4k_without_hardware_facts_does_as_the_model, one in 1: options(Granule::K4, AccessedDirty::Software);
     granule_16k_without_hardware_facts_does_as_the_model, one in 1: options(Granule::K16, AccessedDirty::Software);
-    granule_64k_without_hardware_facts_does_as_the_model, one in 2: options(Granule::K64, AccessedDirty::Software);
+    granule_64k_without_hardware_facts_does_as_the_model, one in 4: options(Granule::K64, AccessedDirty::Software);
     granule_4k_with_hardware_facts_does_as_the_model, one in 1: options(Granule::K4, AccessedDirty::Hardware);
     granule_16k_with_hardware_facts_does_as_the_model, one in 1: options(Granule::K16, AccessedDirty::Hardware);
-    granule_64k_with_hardware_facts_does_as_the_model, one in 2: options(Granule::K64, AccessedDirty::Hardware);
+    granule_64k_with_hardware_facts_does_as_the_model, one in 4: options(Granule::K64, AccessedDirty::Hardware);
     granule_4k_with_hardware_access_flag_does_as_the_model, one in 1: options(Granule::K4, AccessedDirty::HardwareAccessed);
     granule_16k_with_hardware_access_flag_does_as_the_model, one in 1: options(Granule::K16, AccessedDirty::HardwareAccessed);
-    granule_64k_with_hardware_access_flag_does_as_the_model, one in 2: options(Granule::K64, AccessedDirty::HardwareAccessed);
+    granule_64k_with_hardware_access_flag_does_as_the_model, one in 4: options(Granule::K64, AccessedDirty::HardwareAccessed);
     small_4k_does_as_the_model, one in 1: root(Granule::K4, 32, Start::FewestLevels, 2, 4);
     sixteen_roots_of_4k_do_as_the_model, one in 1: root(Granule::K4, 43, Start::FewestLevels, 1, 16);
     four_levels_of_4k_do_as_the_model, one in 1: root(Granule::K4, 48, Start::FewestLevels, 0, 1);
     single_root_of_4k_does_as_the_model, one in 1: root(Granule::K4, 40, Start::SingleTable, 0, 1);
-    small_16k_does_as_the_model, one in 2: root(Granule::K16, 36, Start::FewestLevels, 2, 1);
-    sixteen_roots_of_16k_do_as_the_model, one in 2: root(Granule::K16, 40, Start::FewestLevels, 2, 16);
-    two_roots_of_16k_do_as_the_model, one in 2: root(Granule::K16, 48, Start::FewestLevels, 1, 2);
-    small_64k_does_as_the_model, one in 4: root(Granule::K64, 32, Start::FewestLevels, 2, 1);
-    sixteen_roots_of_64k_do_as_the_model, one in 4: root(Granule::K64, 46, Start::FewestLevels, 2, 16);
-    three_levels_of_64k_do_as_the_model, one in 4: root(Granule::K64, 48, Start::FewestLevels, 1, 1);
+    small_16k_does_as_the_model, one in 4: root(Granule::K16, 36, Start::FewestLevels, 2, 1);
+    sixteen_roots_of_16k_do_as_the_model, one in 4: root(Granule::K16, 40, Start::FewestLevels, 2, 16);
+    two_roots_of_16k_do_as_the_model, one in 4: root(Granule::K16, 48, Start::FewestLevels, 1, 2);
+    small_64k_does_as_the_model, one in 8: root(Granule::K64, 32, Start::FewestLevels, 2, 1);
+    sixteen_roots_of_64k_do_as_the_model, one in 8: root(Granule::K64, 46, Start::FewestLevels, 2, 16);
+    three_levels_of_64k_do_as_the_model, one in 8: root(Granule::K64, 48, Start::FewestLevels, 1, 1);
     forced_write_back_does_as_the_model, one in 1: Stage2Options {
         fwb: true, ..options(Granule::K4, AccessedDirty::Hardware)
     };

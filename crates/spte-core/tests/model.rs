@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Tiny, flavours};
+use common::flavours;
 use proptest::prelude::*;
 use spte_core::format::{Geometry, Level};
 use spte_drive::{Driven, agree};

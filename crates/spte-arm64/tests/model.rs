@@ -81,10 +81,10 @@ macro_rules! compare {
 compare! {
     granule_4k_without_hardware_facts_does_as_the_model, one in 1: options(Granule::K4, AccessedDirty::Software);
     granule_16k_without_hardware_facts_does_as_the_model, one in 1: options(Granule::K16, AccessedDirty::Software);
-    granule_64k_without_hardware_facts_does_as_the_model, one in 4: options(Granule::K64, AccessedDirty::Software);
+    granule_64k_without_hardware_facts_does_as_the_model, one in 1: options(Granule::K64, AccessedDirty::Software);
     granule_4k_with_hardware_facts_does_as_the_model, one in 1: options(Granule::K4, AccessedDirty::Hardware);
     granule_16k_with_hardware_facts_does_as_the_model, one in 1: options(Granule::K16, AccessedDirty::Hardware);
-    granule_64k_with_hardware_facts_does_as_the_model, one in 4: options(Granule::K64, AccessedDirty::Hardware);
+    granule_64k_with_hardware_facts_does_as_the_model, one in 1: options(Granule::K64, AccessedDirty::Hardware);
     granule_4k_with_hardware_access_flag_does_as_the_model, one in 1: options(Granule::K4, AccessedDirty::HardwareAccessed);
     granule_16k_with_hardware_access_flag_does_as_the_model, one in 1: options(Granule::K16, AccessedDirty::HardwareAccessed);
     granule_64k_with_hardware_access_flag_does_as_the_model, one in 4: options(Granule::K64, AccessedDirty::HardwareAccessed);

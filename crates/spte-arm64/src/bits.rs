@@ -7,6 +7,8 @@
 //! `AArch64.S2InconsistentSL`, `AArch64.BlockDescSupported`. Linux: `arch/arm64/include/asm/kvm_pgtable.h`,
 //! `stage2_pgtable.h` (`stage2_pgtable_levels`), `arch/arm64/kvm/hyp/pgtable.c` (`kvm_pgd_pages`).
 
+use core::fmt;
+
 use notifier_core::OutputAddr;
 use spte_core::format::{FormatError, Geometry, Level, LevelShape};
 
@@ -60,6 +62,13 @@ pub enum Granule {
     K16,
     /// 64 KiB: 13 index bits a level.
     K64,
+}
+
+impl fmt::Display for Granule {
+    /// As the manual calls it: `4K`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}K", self.bytes() >> 10)
+    }
 }
 
 impl Granule {
@@ -161,7 +170,7 @@ pub enum OptionsError {
     #[error("the 64K granule has no LPA2 descriptors")]
     Lpa2,
     /// A walk of this granule does not begin at this level.
-    #[error("a walk of {granule:?} does not begin at level {number}")]
+    #[error("a walk of the {granule} granule does not begin at level {number}")]
     StartLevel {
         /// The granule.
         granule: Granule,

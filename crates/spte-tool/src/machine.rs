@@ -27,8 +27,8 @@ use crate::format::{ToolFormat, size_word};
 use crate::ranges::Ranges;
 use crate::script::{Command, Limits, Malformed, Mem, Page, Range, Touch};
 
-/// The most leaves that a script's table has: one line can ask for more than memory holds.
-pub const MAX_LEAVES: u64 = 1 << 24;
+/// The most leaves that a script's table has, 1T in pages of 4K: one line can ask for more than memory holds.
+pub const MAX_LEAVES: u64 = 1 << 28;
 
 /// Why a command was not carried out.
 #[derive(Debug, Error)]

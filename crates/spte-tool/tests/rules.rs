@@ -60,7 +60,7 @@ fn rule_02_malformed_lines_end_the_script_and_earlier_output_stands() {
     fails("map 0x2000 0 4k r mem=wp", "\"mem=wp\" is not mem=wb|uc|wc|wt");
     fails("map 0x2000 0 4k r page=4k page=4k", "unexpected word \"page=4k\"");
     fails("touch 0 rw", "\"rw\" is not r, w or x");
-    fails("map 0x2000 0 0x400000000000 r", "more than 16777216 leaves");
+    fails("map 0x2000 0 0x400000000000 r", "more than 268435456 leaves");
     // The configured bits are what counts, not the table's.
     let ran = spte(&["run", "--format", "npt", "--ipa-bits", "40", "--pa-bits", "36"], b"map 0 0x1000000000 4k r\n");
     assert_eq!(ran, (2, String::new(), "line 1: output address 0x1000000fff is beyond 36 bits\n".into()));

@@ -51,14 +51,7 @@ pub fn look(data: &[u8]) -> Seen {
     let mut input = Bytes(data);
     let input = &mut input;
     let seen = match input.below(6) {
-        0 => ept(input).map(|format| {
-            // Armed and not readable: the check passes it, and there is no way to make one.
-            let unreadable = |level, raw| {
-                let access = format.spec(level, raw).access;
-                access.writable() && !access.contains(Access::READ)
-            };
-            each(&format, input, Ept::hardware_kind, ept_says, unreadable, |a, b| a == b)
-        }),
+        0 => ept(input).map(|format| each(&format, input, Ept::hardware_kind, ept_says, |_, _| false, |a, b| a == b)),
         1 => LongMode::new(long_mode(input, false))
             .ok()
             .map(|format| each(&format, input, LongMode::hardware_kind, long_mode_says, |_, _| false, |a, b| a == b)),

@@ -265,6 +265,7 @@ fn each<F: Format>(
                     // A leaf that was aged by taking its rights away is not present to hardware.
                     let aged = to_hardware == HardwareKind::NotPresent && !format.is_young(level, raw);
                     assert!(aged || to_hardware == HardwareKind::Leaf, "a leaf is {to_hardware:?} to hardware");
+                    let raw = set(format, level, raw);
                     leaf(format, level, raw, says(format, level, raw), unsaid(level, raw));
                     for &(other_level, other) in &before {
                         two_leaves(format, (level, raw), (other_level, other), &same);
@@ -319,6 +320,34 @@ fn link<F: Format>(format: &F, level: Level, raw: u64, at: OutputAddr) {
     passes(format, level, again, "table");
     assert_eq!(format.kind(level, again), Kind::Table(at));
     assert_eq!(format.kind(level, raw ^ format.claim_bit()), Kind::Table(at), "a claimed link is a link");
+}
+
+/// Sets of leaves that hardware may hold as one; the leaf as one of its own, of which everything else is asked: the engine
+/// takes a set apart before it changes a member.
+fn set<F: Format>(format: &F, level: Level, raw: u64) -> u64 {
+    let own = format.unmarked(level, raw);
+    still_leaf(format, level, own, "unmarked");
+    assert!(!format.in_set(level, own), "taken out of its set, and in it");
+    let spec = format.spec(level, own);
+    assert_eq!(format.spec(level, raw), spec, "a member of a set says something else than the leaf");
+    assert_eq!(format.in_set(level, raw), raw != own, "marked by nothing");
+    let (span, members) = (format.geometry().span(level), 1_usize << format.set_shift(level));
+    if members == 1 {
+        assert_eq!(format.set_member(level, own, 0), None, "a member of a set of one");
+        return own;
+    }
+    // The engine makes no set of what is armed.
+    let last = members - 1;
+    for index in [0, 1, last].into_iter().filter(|_| !spec.armed) {
+        let Some(member) = format.set_member(level, own, index) else { continue };
+        let begins = spec.output.is_aligned(span * members as u64);
+        assert!(begins, "a set of {members} begins with the leaf at {}", spec.output);
+        still_leaf(format, level, member, "set_member");
+        assert!(format.in_set(level, member), "a member without a mark");
+        let output = OutputAddr::new(spec.output.as_u64() + index as u64 * span);
+        assert_eq!(format.spec(level, member), LeafSpec { output, ..spec }, "member {index}");
+    }
+    own
 }
 
 fn leaf<F: Format>(format: &F, level: Level, raw: u64, says: u64, unsaid: bool) {

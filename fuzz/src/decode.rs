@@ -265,10 +265,6 @@ fn each<F: Format>(
                     // A leaf that was aged by taking its rights away is not present to hardware.
                     let aged = to_hardware == HardwareKind::NotPresent && !format.is_young(level, raw);
                     assert!(aged || to_hardware == HardwareKind::Leaf, "a leaf is {to_hardware:?} to hardware");
-                    // The address of an aged leaf is checked when its rights come back, not before.
-                    if aged && format.check(level, format.make_young(level, raw)).is_err() {
-                        continue;
-                    }
                     let raw = set(format, level, raw);
                     leaf(format, level, raw, says(format, level, raw), unsaid(level, raw));
                     for &(other_level, other) in &before {

@@ -137,6 +137,10 @@ impl Ept {
             MMU_PRESENT,
             "MMU-present needs rights, or the saved rights of a tracked leaf",
         )?;
+        if tracked {
+            // As hardware will see it once it is young again.
+            self.check_hardware(level, self.restored(raw)).map_err(|why| EntryError { raw, ..why })?;
+        }
         let ad = AccessedDirty::from_bits(raw) == Some(self.options().accessed_dirty);
         require(level, raw, ad, software::ept::AD_TYPE, "the accessed/dirty type must be the table's")?;
         let suppress = raw & ept::SUPPRESS_VE == self.suppress_ve();

@@ -163,6 +163,10 @@ fn ept_software_rules() {
     let tracked = tracking.leaf(L1, &read_only).unwrap();
     assert_eq!(tracking.check(L1, tracked), Ok(()));
     assert!(tracking.check(L1, tracked & !(5 << 54)).is_err(), "nothing saved");
+    let large = tracking.leaf(level(2), &read_only).unwrap();
+    assert_eq!(tracking.check(level(2), large), Ok(()));
+    let misaligned = tracking.check(level(2), large | 0x1000).unwrap_err();
+    assert_eq!((misaligned.raw, misaligned.bits), (large | 0x1000, 0x1000), "what would be refused once it is young");
     let options = EptOptions { mode_based_execute: true, ..EptOptions::default() };
     let both = Ept::new(options).unwrap();
     let leaf = both.leaf(L1, &common::spec(0, Access::RWX)).unwrap();

@@ -554,7 +554,8 @@ impl Format for Stage2 {
     fn set_member(&self, level: Level, first: u64, index: usize) -> Option<u64> {
         let set = self.contiguous(level)?;
         let begin = self.output(level, first);
-        if begin & (set.bytes - 1) != 0 || index >= usize::from(set.entries) {
+        let wide = (begin + set.bytes - 1) >> self.options.physical_bits != 0;
+        if begin & (set.bytes - 1) != 0 || wide || index >= usize::from(set.entries) {
             return None;
         }
         let output = begin + ((index as u64) << self.shift(level));

@@ -166,6 +166,16 @@ fn contiguous_sets_are_where_the_architecture_has_them() {
 }
 
 #[test]
+fn no_set_is_wider_than_physical_memory() {
+    // 4G of it, and a set of 16 leaves of 1G.
+    let format = stage2(Stage2Options { ipa_bits: 40, physical_bits: 32, ..of(Granule::K4) });
+    let first = 0x0000_0000_0000_077d;
+    assert_eq!(format.check(level(1), first), Ok(()));
+    assert_eq!([0, 15].map(|index| format.set_member(level(1), first, index)), [None; 2]);
+    assert!(format.set_member(level(2), first, 15).is_some());
+}
+
+#[test]
 fn a_contiguous_set_is_alike_and_in_a_row() {
     let format = at48(Granule::K4);
     let set = |index, raw| format.check_contiguous(L3, 0x0010_0000_8001_077f, index, raw).map_err(|why| why.bits);

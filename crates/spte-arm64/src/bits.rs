@@ -260,7 +260,8 @@ pub(crate) fn geometry(
     let shape = |number: i8| LevelShape {
         shift: granule.entry_shift(number),
         bits: if number == start { ipa_bits - granule.entry_shift(start) } else { granule.index_bits() },
-        leaf: has_leaves(granule, number, lpa2, physical_bits),
+        // No block is larger than physical memory.
+        leaf: has_leaves(granule, number, lpa2, physical_bits) && granule.entry_shift(number) <= physical_bits,
     };
     let all = [shape(3), shape(2), shape(1), shape(0), shape(-1)];
     Geometry::new(&all[..(4 - start) as usize]).ok_or(OptionsError::StartLevel { granule, number: start })

@@ -166,6 +166,15 @@ fn contiguous_sets_are_where_the_architecture_has_them() {
 }
 
 #[test]
+fn no_block_is_larger_than_physical_memory() {
+    let leaf = |physical_bits| {
+        let format = stage2(Stage2Options { ipa_bits: 52, physical_bits, lpa2: true, ..of(Granule::K4) });
+        format.geometry().level(level(0)).leaf
+    };
+    assert_eq!((leaf(38), leaf(39)), (false, true), "blocks of 512G");
+}
+
+#[test]
 fn no_set_is_wider_than_physical_memory() {
     // 4G of it, and a set of 16 leaves of 1G.
     let format = stage2(Stage2Options { ipa_bits: 40, physical_bits: 32, ..of(Granule::K4) });

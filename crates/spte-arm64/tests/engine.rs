@@ -386,6 +386,25 @@ fn a_table_takes_a_blocks_place_after_a_flush() {
     assert_eq!(machine.spec(BLOCK + 0x3000).output, OutputAddr::new(0x9000));
 }
 
+/// A special entry itself is followed by nobody; the table that is made for it is.
+#[test]
+fn a_table_for_a_special_entry_takes_a_blocks_place_after_a_flush() {
+    let machine = Arc::new(Machine::new(default(), BLOCK));
+    machine.map(BLOCK, BLOCK, BLOCK, Access::RWX).unwrap();
+    let other = Arc::clone(&machine);
+    *machine.log.meanwhile.lock().unwrap() = Some(Box::new(move || {
+        let at = range(BLOCK + 0x3000, 0x1000);
+        let owner = Owner(7).to_raw();
+        other
+            .install(at, 0x9000, Access::RWX, |admission| other.table.set_special(admission, at.start(), owner))
+            .unwrap();
+    }));
+    machine.table.unmap(range(BLOCK, BLOCK)).unwrap();
+    let of_special = Seen { ranges: vec![(BLOCK, BLOCK, None, true)], kind: Kind::Claimed, level: level(2) };
+    assert_eq!(machine.flushes()[1..], [of_special]);
+    assert_eq!(machine.kind(BLOCK + 0x3000), Kind::Special);
+}
+
 /// A flush that failed stays owed. Nothing is filled on the strength of it; the next flush that succeeds settles it.
 #[test]
 fn after_a_failed_flush_what_was_unmapped_is_flushed_again_before_it_is_filled() {

@@ -12,12 +12,13 @@
 //!   flush that begins after the walk covers every removal that the walk saw.
 //! - A flush that fails leaves its batch counted, and the pages it unlinked in limbo: the next full flush that succeeds
 //!   settles both. A batch that is leaked stays counted for good.
-//! - In a format that [must flush before it refills](Format::flushes_before_refill), whoever fills an absent entry looks at
-//!   the count while it holds the entry's claim ([`Table::settle_refill`]), and if anybody owes anything flushes the entry's span
-//!   itself. What stood there before was taken away by a store that the claim has read, directly or through the claims
-//!   and removals between: so the removal's counting is seen, or its counting down, which orders its flush before the look.
-//!   A flush that failed, or is still to come, holds nobody up for longer than one flush of one entry, and nobody waits for
-//!   another's batch; scopes are not waited for, because software walkers mix nothing.
+//! - In a format that [must flush before it refills](Format::flushes_before_refill), whoever fills an absent entry, or
+//!   splits a special one into a table, looks at the count while it holds the entry's claim ([`Table::settle_refill`]), and
+//!   if anybody owes anything flushes the entry's span itself. What stood there before was taken away by a store that the
+//!   claim has read, directly or through the claims and removals between: so the removal's counting is seen, or its
+//!   counting down, which orders its flush before the look. A flush that failed, or is still to come, holds nobody up for
+//!   longer than one flush of one entry, and nobody waits for another's batch; scopes are not waited for, because software
+//!   walkers mix nothing.
 //! - Unlinked pages are handed to the epoch after the flush, never before; dirty facts go to the sink after it, so that what
 //!   the sink copies is what was written.
 //!

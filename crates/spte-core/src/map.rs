@@ -723,6 +723,11 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 }
             };
             let Some(claim) = cell.claim(format, raw) else { continue };
+            // The entry itself is followed by nobody, but a table that is made for it is.
+            if let Err(source) = self.settle_refill(&cell) {
+                claim.give_back(format);
+                return Err(MapError::Flush { at: gpa, source });
+            }
             if let Err(refused) = self.admitted(admission, range) {
                 claim.give_back(format);
                 return Err(self.refused(admission, refused, range));

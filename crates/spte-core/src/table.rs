@@ -7,7 +7,8 @@
 //! 1. **Reading.** Whoever looks at a table page is pinned (crossbeam-epoch). Links are read with acquire; the page behind
 //!    a link was filled before the link was published.
 //! 2. **Adding** (an entry, a right, a table with leaves in it) claims the entry, asks the admission, publishes or gives
-//!    back. Nothing that waits happens in between.
+//!    back. Nothing that waits happens in between, but for one flush of the hardware where a format must break before it
+//!    makes: nobody that a flush waits for waits for claims.
 //! 3. **Taking away** is one compare-exchange by whoever does it, after its batch has published that it owes a flush.
 //! 4. **Waiting.** A claimed entry is waited for, at every level, by every walk that takes away, changes or adds. Walks of
 //!    software walkers inside scopes never wait: a flush waits for them. Claims are taken from the top down, and from low

@@ -71,8 +71,8 @@ pub(crate) struct Set<'p> {
     /// Index of the first member.
     first: usize,
     members: usize,
-    pub(crate) start: u64,
-    pub(crate) span: u64,
+    start: u64,
+    span: u64,
 }
 
 impl<'p> Set<'p> {

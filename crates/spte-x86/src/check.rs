@@ -171,8 +171,13 @@ impl Ept {
         let misplaced = self.options().accessed_dirty == AccessedDirty::Enabled || raw & ept::WRITE != 0;
         refuse(level, raw, if misplaced { fact } else { 0 }, "the dirty fact stands in for W where D is not used")?;
         let withheld = raw & software::ept::EXECUTE_WITHHELD;
-        let misplaced = level == Level::LEAF || self.executes(raw);
-        refuse(level, raw, if misplaced { withheld } else { 0 }, "execute is withheld from larger leaves only")?;
+        let misplaced = !self.withholds_execute(level) || self.executes(raw);
+        refuse(
+            level,
+            raw,
+            if misplaced { withheld } else { 0 },
+            "execute is withheld from larger leaves under the mitigation only",
+        )?;
         require(
             level,
             raw,
@@ -253,8 +258,13 @@ impl<U: Usage> LongModeFormat<U> {
             writes.all(),
             "W needs MMU-writable, and MMU-writable needs host-writable",
         )?;
-        let misplaced = level == Level::LEAF || self.executes(raw);
-        refuse(level, raw, if misplaced { withheld } else { 0 }, "execute is withheld from larger leaves only")?;
+        let misplaced = !self.withholds_execute(level) || self.executes(raw);
+        refuse(
+            level,
+            raw,
+            if misplaced { withheld } else { 0 },
+            "execute is withheld from larger leaves under the mitigation only",
+        )?;
         require(
             level,
             raw,

@@ -158,6 +158,9 @@ fn ept_software_rules() {
     let nx = Ept::new(EptOptions { nx_huge_pages: true, ..EptOptions::default() }).unwrap();
     let huge = format.leaf(level(2), &common::spec(0x20_0000, Access::RWX)).unwrap();
     assert_eq!(nx.check(level(2), huge).unwrap_err().bits, 4, "executable huge leaf");
+    let withheld = nx.leaf(level(2), &common::spec(0x20_0000, Access::RWX)).unwrap();
+    assert_eq!(nx.check(level(2), withheld), Ok(()));
+    assert_eq!(broken(2, withheld), Some(1 << 62), "withheld where nothing is");
     let tracking = common::ept(AccessedDirty::Disabled);
     let read_only = LeafSpec { accessed: false, dirty: false, ..common::spec(0, Access::READ) };
     let tracked = tracking.leaf(L1, &read_only).unwrap();
@@ -186,5 +189,9 @@ fn long_mode_software_rules() {
     assert_eq!(broken(2, leaf | 1 << 54), Some(1 << 54), "withheld, and executable");
     assert_eq!(broken(2, leaf | 1 << 55), None, "a claimed leaf");
     let options = LongModeOptions { nx_huge_pages: true, ..LongModeOptions::default() };
-    assert_eq!(Npt::new(options).unwrap().check(level(2), leaf).unwrap_err().bits, 1 << 63);
+    let nx = Npt::new(options).unwrap();
+    assert_eq!(nx.check(level(2), leaf).unwrap_err().bits, 1 << 63);
+    let withheld = nx.leaf(level(2), &common::spec(0x20_0000, Access::RWX)).unwrap();
+    assert_eq!(nx.check(level(2), withheld), Ok(()));
+    assert_eq!(broken(2, withheld), Some(1 << 54), "withheld where nothing is");
 }

@@ -130,6 +130,21 @@ impl Shape {
         Shape::new(sizes, gpa_bits, out_bits)
     }
 
+    /// A partition-scoped radix tree of Power (Power ISA 3.0, Book III) with base pages of 4 KiB or 64 KiB, as POWER9 and
+    /// POWER10 walk it: leaves of 2 MiB and 1 GiB in both, 52 guest address bits, 57 of output. Writing is reading too, so
+    /// that there is no writing alone; an entry without any right is an entry; there is no write-through.
+    ///
+    /// # Errors
+    /// [`ShapeError::LeafSize`] for another base page.
+    pub fn ppc_radix(page: u64) -> Result<Shape, ShapeError> {
+        if page != 0x1000 && page != 0x1_0000 {
+            return Err(ShapeError::LeafSize { size: page });
+        }
+        let access: Vec<Access> = Access::ALL.into_iter().filter(|set| set.contains(Access::R) || !set.contains(Access::W)).collect();
+        let mem = [MemType::Wb, MemType::Uc, MemType::Wc];
+        Ok(Shape::new(&[page, 2 << 20, 1 << 30], 52, 57)?.with_hw_ad(true).with_access(&access).with_mem(&mem))
+    }
+
     /// As arm64 is with FEAT_S2FWB in use: stage 2 then says what the memory is, and cannot say write-through (Arm ARM,
     /// "Stage 2 memory type and Cacheability attributes when FEAT_S2FWB is implemented").
     pub fn with_forced_write_back(self) -> Shape {
@@ -276,6 +291,18 @@ mod tests {
         assert_eq!(shape.clone().with_leaves_up_to(2 << 20).leaf_sizes(), [4 << 10, 2 << 20]);
         assert_eq!(shape.clone().with_leaves_up_to(0).leaf_sizes(), [4 << 10]);
         assert_eq!(shape.with_forced_write_back().mem(), [MemType::Wb, MemType::Uc, MemType::Wc]);
+    }
+
+    #[test]
+    fn power_has_two_base_pages_and_no_writing_alone() {
+        let shape = Shape::ppc_radix(64 << 10).unwrap();
+        assert_eq!(shape.leaf_sizes(), [64 << 10, 2 << 20, 1 << 30]);
+        assert_eq!(Shape::ppc_radix(4 << 10).unwrap().leaf_sizes(), [4 << 10, 2 << 20, 1 << 30]);
+        assert_eq!(Shape::ppc_radix(16 << 10), Err(ShapeError::LeafSize { size: 16 << 10 }));
+        assert_eq!(shape.access().len(), 6);
+        assert!(shape.access().iter().all(|set| set.contains(Access::R) || !set.contains(Access::W)));
+        assert_eq!(shape.mem(), [MemType::Wb, MemType::Uc, MemType::Wc]);
+        assert!(shape.hw_accessed() && shape.hw_dirty());
     }
 
     #[test]

@@ -108,7 +108,8 @@ impl Radix {
         let sized = raw & NLS == u64::from(self.geometry.level(below).bits);
         let bare = raw & (LEAF | LINK_RESERVED) == 0;
         let aligned = base & (self.geometry.table_bytes(below) as u64 - 1) == 0;
-        (sized && bare && aligned).then(|| OutputAddr::new(base))
+        let fits = base >> self.options.physical_bits == 0;
+        (sized && bare && aligned && fits).then(|| OutputAddr::new(base))
     }
 
     fn check_leaf(&self, level: Level, output: OutputAddr) -> Result<u64, FormatError> {

@@ -15,8 +15,8 @@ use spte_core::format::{EntryError, Format, Level};
 
 use crate::{
     bits::{
-        ATT, LEAF, LEAF_RESERVED_HIGH, LEAF_RESERVED_LOW, LINK_RESERVED, NLB, NLS, PRIVILEGED, READ, RPN, SW0, SW3, VALID,
-        WRITE, bit_range, number_of,
+        ATT, LEAF, LEAF_RESERVED_HIGH, LEAF_RESERVED_LOW, LINK_RESERVED, NLB, NLS, PRIVILEGED, READ, RPN, SW0, SW3,
+        VALID, WRITE, bit_range, number_of,
     },
     memtype::Storage,
     radix::Radix,
@@ -101,10 +101,15 @@ impl Radix {
         }
         let low = raw & RPN & (self.geometry().span(level) - 1);
         refuse(level, raw, low, "RPN bits below the size of the leaf are clear")?;
-        refuse(level, raw, raw & PRIVILEGED, "EAA[0], privileged, says nothing in a partition-scoped tree and is clear")?;
+        refuse(
+            level,
+            raw,
+            raw & PRIVILEGED,
+            "EAA[0], privileged, says nothing in a partition-scoped tree and is clear",
+        )?;
         refuse(level, raw, raw & (SW0 | SW3), "IBM bits 2 and 54 are nobody's")?;
-        let readable = raw & (READ | WRITE) != WRITE;
-        require(level, raw, readable, READ, "writing implies reading, and EAA[1] says so")?;
+        let readable = raw & READ != 0 || raw & (WRITE | UPGRADABLE) == 0;
+        require(level, raw, readable, READ, "writing implies reading, withheld or not, and EAA[1] says so")?;
         let state = raw & (WRITE | UPGRADABLE) != WRITE;
         require(level, raw, state, UPGRADABLE, "what may be written is upgradable")
     }

@@ -10,8 +10,8 @@ use spte_core::format::{
 
 use crate::{
     bits::{
-        self, ATT, ATT_SHIFT, BasePage, CHANGED, EXECUTE, LEAF, LINK_RESERVED, NLB, NLS, OptionsError, READ, REFERENCED,
-        RPN, VALID, WIDEST, WRITE,
+        self, ATT, ATT_SHIFT, BasePage, CHANGED, EXECUTE, LEAF, LINK_RESERVED, NLB, NLS, OptionsError, READ,
+        REFERENCED, RPN, VALID, WIDEST, WRITE,
     },
     memtype::{RadixAttrs, Storage},
     software::{self, ABSENT, CLAIMED, DEAD, HARDWARE, UPGRADABLE, USER, WriteState},
@@ -239,7 +239,6 @@ impl Format for Radix {
         let granted = Self::granted(raw);
         LeafSpec {
             output: OutputAddr::new(self.output(level, raw)),
-            // Armed implies readable in what this crate makes; of what it does not, what is withheld is not more than writing.
             access: if armed { granted | Access::WRITE } else { granted },
             armed,
             accessed: raw & REFERENCED != 0,

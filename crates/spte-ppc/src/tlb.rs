@@ -160,17 +160,7 @@ impl<'a> Steps<'a> {
     pub fn new(format: &'a Radix, fixes: TlbFixes, lpid: u32, request: &FlushRequest<'a>) -> Self {
         let ranges = request.ranges;
         let at = if request.all || !ranges.is_empty() { At::Begin } else { At::End };
-        Self {
-            format,
-            fixes,
-            lpid,
-            ranges,
-            next: first(ranges),
-            whole: request.all,
-            walked: false,
-            last: None,
-            at,
-        }
+        Self { format, fixes, lpid, ranges, next: first(ranges), whole: request.all, walked: false, last: None, at }
     }
 
     /// The next invalidation.

@@ -139,6 +139,7 @@ fn software_rules() {
     assert_eq!(own(&format, 1, LEAF | 0x802), None);
     assert_eq!(own(&format, 1, (LEAF & !0x4) | 0x802), Some(0x4), "writing implies reading");
     assert_eq!(own(&format, 1, LEAF | 0x800), None, "armed");
+    assert_eq!(own(&format, 1, (LEAF & !0x4) | 0x800), Some(0x4), "armed, and not readable");
     assert_eq!(own(&format, 1, LEAF | 0xc80), None, "the user's bit, and C");
     assert_eq!(own(&format, 2, LEAF | 0x1f_f000), Some(0x1f_f000), "RPN below 2M");
     assert_eq!(hardware(&format, 2, LEAF | 0x1f_f000), None, "which walkers leave out");

@@ -39,7 +39,7 @@ use spte_ppc::{BasePage, Radix, RadixOptions};
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// The runs that share the time there is.
-const RUNS: u32 = 2;
+const RUNS: u32 = 3;
 
 fn seconds() -> f64 {
     std::env::var("SPTE_STRESS_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(3.0)
@@ -86,10 +86,15 @@ fn radix_trees_and_failing_flushes() {
     let config = Config {
         primary: |space| tables::join(space, radix(), Some(499)).unwrap(),
         secondary: |space| tables::join(space, radix(), Some(251)),
-        private_reclaim: false,
         ..config()
     };
     holds("radix, failing flushes", config);
+}
+
+/// With the collector that all spaces share.
+#[test]
+fn radix_trees_and_a_shared_collector() {
+    holds("radix, shared", Config { private_reclaim: false, ..config() });
 }
 
 #[test]

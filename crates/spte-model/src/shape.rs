@@ -140,7 +140,8 @@ impl Shape {
         if page != 0x1000 && page != 0x1_0000 {
             return Err(ShapeError::LeafSize { size: page });
         }
-        let access: Vec<Access> = Access::ALL.into_iter().filter(|set| set.contains(Access::R) || !set.contains(Access::W)).collect();
+        let access: Vec<Access> =
+            Access::ALL.into_iter().filter(|set| set.contains(Access::R) || !set.contains(Access::W)).collect();
         let mem = [MemType::Wb, MemType::Uc, MemType::Wc];
         Ok(Shape::new(&[page, 2 << 20, 1 << 30], 52, 57)?.with_hw_ad(true).with_access(&access).with_mem(&mem))
     }

@@ -44,6 +44,9 @@ Examples:
   $ spte decode --format arm64-s2 --level 3 0x4000008000177f
   $ spte decode --format arm64-s2 --granule 64k --level 2 0x00400000400007fd
 
+  A directory entry of a radix tree, whose table has 256 bytes:
+  $ spte decode --format ppc-radix --granule 64k --level 2 0x8000000034567105
+
   The bits that dumps print:
   $ spte decode --mask --format x86-64";
 
@@ -52,6 +55,7 @@ Examples:
   $ printf 'map 0 0x10000000 4m rwx page=2m\\ntouch 0x1234 w\\ndirty 0 4m\\ndump\\n' | spte run --format npt
   $ printf 'map 0x1000 0x5000 8k rwx\\nwrprotect 0x1000 8k\\ntouch 0x2000 w\\ndirty 0 1m\\n' | spte run --format ept --json
   $ printf 'map 0x2000000 0x6000000 32m rw page=32m\\nwalk 0x2000000\\nflushes\\n' | spte run --format arm64-s2 --granule 16k
+  $ printf 'map 0x10000 0x80000 64k rw\\nchange 0x10000 0x90000\\nwalk 0x10000\\nflushes\\n' | spte run --format ppc-radix --granule 64k
 
 Commands, one a line; # begins a comment; sizes may be 4k 2m 1g 1t; PERM is a subset of rwx, or -:
   map GPA PA SIZE PERM [page=4k|16k|64k|2m|32m|512m|1g|max] [mem=wb|uc|wc|wt]
@@ -112,7 +116,7 @@ struct SetupArgs {
     /// The smallest page; x86 has 4k [default: 4k]
     #[arg(long)]
     granule: Option<Granule>,
-    /// Bits of a guest physical address [default: 48, x86-64-la57: 57, arm64-s2: 40]
+    /// Bits of a guest physical address [default: 48, x86-64-la57: 57, arm64-s2: 40, ppc-radix: 52]
     #[arg(long, value_name = "N")]
     ipa_bits: Option<u32>,
     /// Bits of an output address [default: 52, arm64-s2: 48]

@@ -11,7 +11,7 @@
 //! | print a table of a memory image | [`image`] |
 //! | add a format | [`format::ToolFormat`], and a name in [`setup`] |
 //!
-//! A format is one module like `x86` or `arm64`, which says in a [`format::ToolFormat`] what the engine does not ask: names of fields, masks,
+//! A format is one module like `x86`, `arm64` or `ppc`, which says in a [`format::ToolFormat`] what the engine does not ask: names of fields, masks,
 //! memory types, the flushes it owes; and one arm in [`setup`]'s two matches. Nothing else changes.
 //!
 //! What commands print is compared by machine, and never changes. `tests/rules.rs` has its fourteen rules, each with the
@@ -25,6 +25,7 @@ pub mod decode;
 pub mod format;
 pub mod image;
 pub mod machine;
+mod ppc;
 mod ranges;
 pub mod script;
 pub mod setup;

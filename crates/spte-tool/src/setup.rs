@@ -4,6 +4,7 @@
 use std::fmt;
 
 use spte_arm64::{AccessedDirty, Granule, Stage2, Stage2Options, Start};
+use spte_ppc::{BasePage, Radix, RadixOptions};
 use spte_x86::{Ept, EptOptions, Levels, LongMode, LongModeOptions, Npt};
 use thiserror::Error;
 
@@ -71,6 +72,9 @@ const X86_WIDEST: u8 = 52;
 /// The most address bits, guest's or physical, of arm64 stage 2.
 const ARM64_WIDEST: u8 = 52;
 
+/// Levels of a radix tree.
+const RADIX_LEVELS: u8 = 4;
+
 /// Options that make no table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -137,6 +141,9 @@ pub enum SetupError {
     /// arm64 stage 2's own reason.
     #[error(transparent)]
     Arm64(#[from] spte_arm64::OptionsError),
+    /// The radix tree's own reason.
+    #[error(transparent)]
+    Ppc(#[from] spte_ppc::OptionsError),
 }
 
 /// Options as they are given. What is `None` is the format's default.
@@ -185,7 +192,8 @@ impl Setup {
                 Self::x86(format, options)
             }
             FormatName::Arm64Stage2 => Self::arm64(options),
-            FormatName::PpcRadix | FormatName::PpcHpt | FormatName::Mips64 => Err(SetupError::NotBuilt { format }),
+            FormatName::PpcRadix => Self::radix(options),
+            FormatName::PpcHpt | FormatName::Mips64 => Err(SetupError::NotBuilt { format }),
         }
     }
 
@@ -234,6 +242,28 @@ impl Setup {
         // What is left is the format's to say; and how many levels it takes.
         let start = Stage2::new(setup.stage2(true))?.start_level();
         Ok(Self { levels: 4_u8.saturating_add_signed(-start), ..setup })
+    }
+
+    fn radix(options: &Options) -> Result<Self, SetupError> {
+        let format = FormatName::PpcRadix;
+        let granule = options.granule.unwrap_or(4 << 10);
+        let Some(page) = BasePage::from_bytes(granule) else { return Err(SetupError::Granule { format, granule }) };
+        let levels = options.levels.unwrap_or(RADIX_LEVELS);
+        if levels != RADIX_LEVELS {
+            return Err(SetupError::Levels { format, levels });
+        }
+        // The tree has one shape: fewer bits bound the addresses of a script.
+        let (least, most) = (page.shift().into(), spte_ppc::bits::ADDRESS_BITS.into());
+        let ipa_bits = options.ipa_bits.unwrap_or(most);
+        if ipa_bits < least || ipa_bits > most {
+            return Err(SetupError::GuestBits { bits: ipa_bits, least, most });
+        }
+        let (least, most) = (32, spte_ppc::bits::WIDEST.into());
+        let pa_bits = options.pa_bits.unwrap_or(52);
+        if pa_bits < least || pa_bits > most {
+            return Err(SetupError::PaBits { bits: pa_bits, least, most });
+        }
+        Ok(Self { format, granule, ipa_bits, pa_bits, levels, hw_ad: options.hw_ad.unwrap_or(true) })
     }
 
     /// The machine that the options say, or the `widest` that has its descriptors.
@@ -307,7 +337,13 @@ impl Setup {
                 self.lend_x86(widest, user)
             }
             FormatName::Arm64Stage2 => Ok(user.with(Stage2::new(self.stage2(widest))?)),
-            format => Err(SetupError::NotBuilt { format }),
+            FormatName::PpcRadix => {
+                // 32 to 57, as checked.
+                let physical_bits = if widest { spte_ppc::bits::WIDEST } else { self.pa_bits as u8 };
+                let page = BasePage::from_bytes(self.granule).unwrap_or_default();
+                Ok(user.with(Radix::new(RadixOptions { page, physical_bits, ..RadixOptions::default() })?))
+            }
+            format @ (FormatName::PpcHpt | FormatName::Mips64) => Err(SetupError::NotBuilt { format }),
         }
     }
 

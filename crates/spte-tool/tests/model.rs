@@ -22,6 +22,8 @@ enum Bits {
         /// Descriptors for addresses of more than 48 bits.
         wide: bool,
     },
+    /// Partition-scoped radix trees.
+    Radix,
 }
 
 /// A format, as options of the command and as what the model has to know.
@@ -61,6 +63,16 @@ impl Case {
                 let execute = if leaf.access.contains(Access::X) { 0 } else { 1 << 63 };
                 leaf.out | 1 | write | 4 | mem | size | accessed | execute
             }
+            Bits::Radix => {
+                let mem = match leaf.mem {
+                    MemType::Wb => 0,
+                    MemType::Uc => 2,
+                    MemType::Wc => 3,
+                    MemType::Wt => unreachable!("refused"),
+                };
+                let accessed = if leaf.accessed { 0x100 } else { 0 };
+                3 << 62 | leaf.out | mem << 4 | has(Access::R, 4) | write | has(Access::X, 1) | accessed
+            }
             Bits::Stage2 { hw_ad, wide } => {
                 let mem = match leaf.mem {
                     MemType::Uc => 1,
@@ -89,6 +101,7 @@ impl Case {
 
     fn dirty_bit(&self) -> u64 {
         match self.bits {
+            Bits::Radix => 0x80,
             Bits::Ept => 0x200,
             Bits::LongMode => 0x40,
             Bits::Stage2 { hw_ad: true, .. } => 0x80,
@@ -97,8 +110,11 @@ impl Case {
         }
     }
 
-    fn link(&self) -> u64 {
+    /// Of the level `n`.
+    fn link(&self, n: u32) -> u64 {
         match self.bits {
+            // NLS: the size of the table below.
+            Bits::Radix => 1 << 63 | u64::from(self.shift(n) - self.shift(n - 1)),
             Bits::Ept => 0x107,
             Bits::LongMode => 0x27,
             Bits::Stage2 { .. } => 3,
@@ -107,6 +123,7 @@ impl Case {
 
     fn is_leaf(&self, level: &str, raw: u64) -> bool {
         match self.bits {
+            Bits::Radix => raw >> 62 & 1 == 1,
             Bits::Ept | Bits::LongMode => level == "L1" || raw & 0x80 != 0,
             Bits::Stage2 { .. } => level == "L3" || raw & 2 == 0,
         }
@@ -115,13 +132,16 @@ impl Case {
     /// log2 of what an entry spans, `n` levels up from the smallest pages, which are 1.
     fn shift(&self, n: u32) -> u32 {
         let granule = self.shape.granule().trailing_zeros();
-        granule + (granule - 3) * (n - 1)
+        match (self.bits, n) {
+            (Bits::Radix, 2..) => 21 + 9 * (n - 2),
+            _ => granule + (granule - 3) * (n - 1),
+        }
     }
 
     /// The architecture's number of that level.
     fn number(&self, n: u32) -> i64 {
         match self.bits {
-            Bits::Ept | Bits::LongMode => n.into(),
+            Bits::Ept | Bits::LongMode | Bits::Radix => n.into(),
             Bits::Stage2 { .. } => 4 - i64::from(n),
         }
     }
@@ -132,13 +152,12 @@ impl Case {
 
     /// What `dump` prints, dirty of leaves apart: each table on the way to a leaf once, then the leaf.
     fn dump(&self, model: &Model) -> Vec<String> {
-        let link = self.link();
         let mut rows = Vec::new();
         let mut last = None;
         for (gpa, leaf) in model.leaves() {
             let level = self.level(leaf.size);
             for above in (level + 1..=self.levels).rev() {
-                let shift = self.shift(above);
+                let (shift, link) = (self.shift(above), self.link(above));
                 if last.is_none_or(|last: u64| last >> shift != gpa >> shift) {
                     rows.push(format!("L{} {:#x} {link:016x}", self.number(above), gpa >> shift << shift));
                 }
@@ -254,6 +273,11 @@ fn stage2(sizes: &[u64], ipa_bits: u32, pa_bits: u32) -> Shape {
     Shape::new(sizes, ipa_bits, pa_bits).unwrap()
 }
 
+/// A radix tree with output addresses of so many bits.
+fn radix(page: u64, pa_bits: u32) -> Shape {
+    Shape::ppc_radix(page).unwrap().with_bits(52, pa_bits).unwrap()
+}
+
 const K: u64 = 1 << 10;
 const M: u64 = 1 << 20;
 const G: u64 = 1 << 30;
@@ -283,6 +307,12 @@ compare! {
         "arm64-s2 --granule 64k --ipa-bits 44", stage2(&[64 * K, 512 * M], 44, 48), SOFTWARE, 2;
     arm64_of_64k_with_hardware_ad_answers_as_the_model, one in 2:
         "arm64-s2 --granule 64k --hw-ad", stage2(&[64 * K, 512 * M], 40, 48).with_hw_ad(true), HARDWARE, 2;
+    radix_answers_as_the_model: "ppc-radix", radix(4 * K, 52), Bits::Radix, 4;
+    radix_of_64k_answers_as_the_model: "ppc-radix --granule 64k", radix(64 * K, 52), Bits::Radix, 4;
+    radix_without_hardware_ad_answers_as_the_model, one in 2:
+        "ppc-radix --granule 64k --hw-ad=off", radix(64 * K, 52).with_hw_ad(false), Bits::Radix, 4;
+    narrow_radix_answers_as_the_model, one in 2: "ppc-radix --ipa-bits 34 --pa-bits 40",
+        radix(4 * K, 40).with_bits(34, 40).unwrap(), Bits::Radix, 4;
     wide_arm64_answers_as_the_model, one in 8:
         "arm64-s2 --ipa-bits 52 --pa-bits 52 --levels 5",
         stage2(&[4 * K, 2 * M, G, 512 * G], 52, 52), Bits::Stage2 { hw_ad: false, wide: true }, 5;

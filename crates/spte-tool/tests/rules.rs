@@ -702,3 +702,171 @@ fn rule_14_arm64_dumps_rows_of_all_tables_of_the_root() {
     );
     assert_eq!(mask("--ipa-bits 52 --level 0"), "L0 0000000000000003 table\nL0 007bff8000000fff leaf\nend 2\n");
 }
+
+/// A radix leaf is V and L (bits 63 and 62), read (4), write (2), execute (1), ATT (5:4), C (0x80), R (0x100); a directory entry is V
+/// and the size of the next table.
+#[test]
+fn rule_01_radix_counts_its_levels_from_the_pages() {
+    let script = "map 0x1000 0x5000 8k rw\nprotect 0x1000 4k r\nsplit 0 2m\ncollapse 0 2m\nunmap 0x1000 4k\nwalk 0\n";
+    let walk =
+        "L4 0x0 8000000000000009\nL3 0x0 8000000000000009\nL2 0x0 8000000000000009\nL1 0x0 0000000000000000\nend 4\n";
+    assert_eq!(run("ppc-radix", script), format!("ok\nok\nok\nok\nok\n{walk}"));
+    assert_eq!(run("ppc-radix --granule 64k", "dump\ndirty 0 64k\n"), "end 0\nend 0\n");
+}
+
+#[test]
+fn rule_02_radix_lines_are_whole_pages_of_52_bits() {
+    let fails = |options: &str, line: &str, why: &str| {
+        let words: Vec<&str> = ["run", "--format", "ppc-radix"].into_iter().chain(options.split_whitespace()).collect();
+        let ran = spte(&words, format!("map 0 0 64k r\n{line}\nmap 0x10000 0 64k r\n").as_bytes());
+        assert_eq!(ran, (2, "ok\n".into(), format!("line 2: {why}\n")), "{line}");
+    };
+    fails("", "touch 0x10000000000000 r", "guest address 0x10000000000000 is beyond 52 bits");
+    fails("", "map 0x10000 0x10000000000000 4k r", "output address 0x10000000000fff is beyond 52 bits");
+    fails("--granule 64k", "age 0 4k", "size 0x1000 is not aligned to 0x10000");
+    fails("--granule 64k", "change 0x10000 0x4000", "output address 0x4000 is not aligned to 0x10000");
+    fails("--ipa-bits 36", "walk 0x1000000000", "guest address 0x1000000000 is beyond 36 bits");
+    // The last page there is; and the widest output.
+    let last = "map 0xffffffffff000 0x1fffffffffff000 4k r\nwalk 0xfffffffffffff\n";
+    assert_eq!(
+        run("ppc-radix --pa-bits 57", last),
+        "ok\nL4 0xfff8000000000 8000000000000009\nL3 0xfffffc0000000 8000000000000009\n\
+         L2 0xfffffffe00000 8000000000000009\nL1 0xffffffffff000 c1fffffffffff104\nend 4\n"
+    );
+}
+
+#[test]
+fn rule_04_radix_has_no_writing_alone_and_no_write_through() {
+    let script = "map 0x201000 0x5000 4k rw\nmap 0x200000 0 2m r page=2m\nmap 0x400000 0 4k w\nmap 0x400000 0 4k wx\n\
+        map 0x400000 0 4k -\nmap 0x401000 0 4k x\nmap 0x402000 0 4k rw mem=uc\nmap 0x403000 0 4k r mem=wc\n\
+        map 0x404000 0 4k r mem=wt\nmap 0x404000 0 64k r page=64k\nmap 0x404000 0 4k rwx\ndump\n";
+    assert_eq!(
+        run("ppc-radix", script),
+        "ok\nrefused present 0x201000\nrefused perm\nrefused perm\nok\nok\nok\nok\nrefused mem\nrefused page\nok\n\
+         L4 0x0 8000000000000009\nL3 0x0 8000000000000009\nL2 0x200000 8000000000000009\nL1 0x201000 c000000000005106\n\
+         L2 0x400000 8000000000000009\nL1 0x400000 c000000000000100\nL1 0x401000 c000000000000101\n\
+         L1 0x402000 c000000000000126\nL1 0x403000 c000000000000134\nL1 0x404000 c000000000000107\nend 10\n"
+    );
+    // Large leaves, and leaf tables of 32 entries.
+    let script = "map 0x1f0000 0x401f0000 0x40020000 rw page=max\nmap 0x80000000 0x80000000 1g rx page=1g\n\
+        map 0x100000000 0 64k r page=4k\nmap 0x100000000 0x10000 64k r page=64k\nstats\nwalk 0x100000000\nwalk 0x90000000\n";
+    assert_eq!(
+        run("ppc-radix --granule 64k", script),
+        "ok\nok\nrefused page\nok\ntables 8\nleaves_64k 3\nleaves_2m 512\nleaves_1g 1\nbytes_tables 82688\nend 5\n\
+         L4 0x0 8000000000000009\nL3 0x100000000 8000000000000009\nL2 0x100000000 8000000000000005\n\
+         L1 0x100000000 c000000000010104\nend 4\nL4 0x0 8000000000000009\nL3 0x80000000 c000000080000105\nend 2\n"
+    );
+}
+
+#[test]
+fn rule_05_radix_leaves_are_split_and_keep_what_they_say() {
+    let script = "map 0 0x40000000 2m rw page=2m mem=uc\nunmap 0x10000 64k\nprotect 0x20000 64k r\nunmap 0x40000 0x1c0000\ndump\n";
+    assert_eq!(
+        run("ppc-radix --granule 64k", script),
+        "ok\nok\nok\nok\nL4 0x0 8000000000000009\nL3 0x0 8000000000000009\nL2 0x0 8000000000000005\n\
+         L1 0x0 c000000040000126\nL1 0x20000 c000000040020124\nL1 0x30000 c000000040030126\nend 6\n"
+    );
+    assert_eq!(run("ppc-radix", "map 0 0 4k rw\nprotect 0 4k w\nunmap 0 4k\ndump\n"), "ok\nrefused perm\nok\nend 0\n");
+}
+
+#[test]
+fn rule_06_radix_logging_withholds_writing_and_keeps_c() {
+    let script = "map 0x1000 0x5000 8k rw\ntouch 0x1000 w\nwrprotect 0x1000 8k\nwalk 0x1000\ntouch 0x2000 w\nwalk 0x2000\ndirty 0 1m\n";
+    let links = "L4 0x0 8000000000000009\nL3 0x0 8000000000000009\nL2 0x0 8000000000000009\n";
+    assert_eq!(
+        run("ppc-radix", script),
+        format!(
+            "ok\nok 0x5000\nok\n{links}L1 0x1000 c000000000005184\nend 4\nok 0x6000\n{links}L1 0x2000 c000000000006186\nend 4\n\
+             0x1000 0x1000\n0x2000 0x1000\nend 2\n"
+        )
+    );
+}
+
+#[test]
+fn rule_07_radix_hardware_sets_r_and_c_unless_it_is_told_not_to() {
+    let script = "map 0x1000 0x5000 4k rw\nage 0 4m\ntouch 0x1000 r\nage 0 4m\ntouch 0x1004 w\ntouch 0x1000 x\ntouch 0x2000 r\nwalk 0x1000\n";
+    let rows = "L4 0x0 8000000000000009\nL3 0x0 8000000000000009\nL2 0x0 8000000000000009\n";
+    assert_eq!(
+        run("ppc-radix", script),
+        format!(
+            "ok\nok 1\nok 0x5000\nok 1\nok 0x5004\nfault perm\nfault absent\n{rows}L1 0x1000 c000000000005186\nend 4\n"
+        )
+    );
+    let without = "map 0x1000 0x5000 4k rw\nage 0 4m\ntouch 0x1000 w\ntouch 0x1000 w\ndirty 0 4m\n";
+    assert_eq!(run("ppc-radix --hw-ad=off", without), "ok\nok 1\nfault af\nok 0x5000\nend 0\n");
+}
+
+#[test]
+fn rule_08_a_harvest_of_radix_clears_c() {
+    let script =
+        "map 0 0x200000 2m rw page=2m\ntouch 0x1234 w\ndirty 0 4k\ndirty 0 2m\ntouch 0x5000 w\ndirty 0 2m\nflushes\n";
+    assert_eq!(
+        run("ppc-radix", script),
+        "ok\nok 0x201234\n0x0 0x200000\nend 1\nend 0\nok 0x205000\n0x0 0x200000\nend 1\ntlbie 2\nend 1\n"
+    );
+}
+
+#[test]
+fn rule_09_radix_change_keeps_the_rest_of_the_leaf() {
+    let script = "map 0x1000 0x5000 8k rwx mem=wc\ntouch 0x1000 w\nchange 0x1000 0x9000\ntouch 0x1000 w\ntouch 0x1000 x\nwalk 0x1000\n\
+        change 0x3000 0x9000\nzapchange 0x2000 0x9000\ndirty 0 1m\n";
+    assert_eq!(
+        run("ppc-radix", script),
+        "ok\nok 0x5000\nchanged\nfault perm\nok 0x9000\nL4 0x0 8000000000000009\nL3 0x0 8000000000000009\n\
+         L2 0x0 8000000000000009\nL1 0x1000 c000000000009135\nend 4\nabsent\nzapped\n0x1000 0x1000\nend 1\n"
+    );
+    let large = "map 0 0x40000000 2m rwx page=2m\nchange 0x30000 0x90000\nwalk 0x30000\nwalk 0x40000\n";
+    let links = "L4 0x0 8000000000000009\nL3 0x0 8000000000000009\nL2 0x0 8000000000000005\n";
+    assert_eq!(
+        run("ppc-radix --granule 64k", large),
+        format!("ok\nchanged\n{links}L1 0x30000 c000000000090105\nend 4\n{links}L1 0x40000 c000000040040107\nend 4\n")
+    );
+}
+
+#[test]
+fn rule_10_radix_splits_to_the_page_and_collapses_as_far_as_it_can() {
+    let script = "map 0 0x40000000 1g rw page=1g\nsplit 0x200000 2m\nstats\ncollapse 0 1g\nwalk 0\n";
+    assert_eq!(
+        run("ppc-radix --granule 64k", script),
+        "ok\nok\ntables 4\nleaves_64k 32\nleaves_2m 511\nleaves_1g 0\nbytes_tables 73984\nend 5\nok\n\
+         L4 0x0 8000000000000009\nL3 0x0 c000000040000106\nend 2\n"
+    );
+}
+
+#[test]
+fn rule_12_radix_flushes_are_tlbies() {
+    let flushes = |options: &str, script: &str| {
+        let out = run(format!("ppc-radix {options}").trim_end(), &format!("{script}flushes\n"));
+        out.lines().filter(|line| line.starts_with("tlbie")).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(flushes("", "map 0 0 64k rw\nunmap 0x10000 64k\nage 0 64k\nprotect 0 64k rwx\n"), "", "nothing went");
+    assert_eq!(flushes("", "map 0 0 64k rw\nwrprotect 0 64k\n"), "tlbie 16");
+    assert_eq!(flushes("--granule 64k", "map 0 0 64k rw\nwrprotect 0 64k\n"), "tlbie 1");
+    // What changes its size is flushed as what it was, and a table goes with its link.
+    assert_eq!(flushes("--granule 64k", "map 0 0 2m rw page=2m\nsplit 0 2m\n"), "tlbie 1");
+    assert_eq!(flushes("--granule 64k", "map 0 0 2m rw page=2m\nsplit 0 2m\ncollapse 0 2m\n"), "tlbie 33 tlbie-pwc 1");
+    assert_eq!(flushes("--granule 64k", "map 0 0 2m rw\nunmap 0 2m\n"), "tlbie 32 tlbie-all 1 tlbie-pwc 1");
+    // (Unmapping takes the empty tables above too, and of what those were nobody knows.) More than 512 leaves: the partition.
+    assert_eq!(flushes("", "map 0 0 8m rw\nwrprotect 0 8m\n"), "tlbie-all 1");
+    assert_eq!(flushes("", "map 0 0 4k rw\nchange 0 0x1000\n"), "tlbie 2", "the window, and the page");
+}
+
+#[test]
+fn rule_13_radix_tables_have_the_sizes_of_their_levels() {
+    let stats = |options: &str| run(format!("ppc-radix {options}").trim_end(), "map 0 0 64k r\nstats\n");
+    assert_eq!(stats(""), "ok\ntables 4\nleaves_4k 16\nleaves_2m 0\nleaves_1g 0\nbytes_tables 77824\nend 5\n");
+    assert_eq!(
+        stats("--granule 64k"),
+        "ok\ntables 4\nleaves_64k 1\nleaves_2m 0\nleaves_1g 0\nbytes_tables 73984\nend 5\n"
+    );
+}
+
+#[test]
+fn rule_14_radix_dumps_under_the_mask() {
+    let mask = spte(&["decode", "--mask", "--format", "ppc-radix", "--granule", "64k"], b"").1;
+    assert_eq!(
+        mask,
+        "L4 c00000000000001f table\nL3 c00000000000001f table\nL3 c1ffffffc00001b7 leaf\nL2 c00000000000001f table\n\
+         L2 c1ffffffffe001b7 leaf\nL1 c1ffffffffff01b7 leaf\nend 6\n"
+    );
+}

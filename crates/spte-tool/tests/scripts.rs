@@ -6,8 +6,17 @@ mod common;
 use common::spte;
 use proptest::prelude::*;
 
-const FORMATS: [&str; 7] =
-    ["ept", "npt", "x86-64", "x86-64-la57", "arm64-s2", "arm64-s2 --granule 16k --hw-ad", "arm64-s2 --granule 64k"];
+const FORMATS: [&str; 9] = [
+    "ept",
+    "npt",
+    "x86-64",
+    "x86-64-la57",
+    "arm64-s2",
+    "arm64-s2 --granule 16k --hw-ad",
+    "arm64-s2 --granule 64k",
+    "ppc-radix",
+    "ppc-radix --granule 64k --hw-ad=off",
+];
 
 /// Ends well, or says at which line it does not.
 fn ends(format: &str, script: &[u8]) {

@@ -51,7 +51,7 @@ fn merged_pages_are_repointed_without_a_fault() {
 
 #[test]
 fn merged_pages_are_repointed_without_a_fault_in_each_format() {
-    for format in ["npt", "x86-64", "x86-64-la57", "arm64-s2"] {
+    for format in ["npt", "x86-64", "x86-64-la57", "arm64-s2", "ppc-radix"] {
         let report = brief("16M", &["--seconds", "2", "--format", format]);
         assert_safe(&report);
         assert_eq!(report.refaults_after_merge, 0, "{format}: {report}");
@@ -80,6 +80,28 @@ fn arm64_leaves_change_their_frame_and_nothing_else() {
         assert_eq!(before & !output(u64::MAX), after & !output(u64::MAX), "{sample:?}");
         // A valid page that was used, inner shareable, write-back; S2AP reads, and neither writes nor has DBM.
         assert_eq!(after & !output(u64::MAX), 0x77f, "{sample:?}");
+    }
+}
+
+/// On Power a page that is repointed is taken away, flushed and made again: a walk that comes in between waits, and no read faults.
+#[test]
+fn radix_leaves_change_their_frame_and_nothing_else() {
+    let _alone = alone();
+    let options = Options::from_args(["dedup", "--format", "ppc-radix", "--mem", "16M", "--seconds", "2"]).unwrap();
+    let report = run(&options, &AtomicBool::new(false)).unwrap();
+    assert_safe(&report);
+    assert_eq!((report.backend, report.refaults_after_merge), ("software", 0), "{report}");
+    assert!(report.to_string().contains("ppc-radix"), "{report}");
+    assert_eq!(report.samples.len(), 8);
+    for sample in &report.samples {
+        let raw = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap();
+        let (before, after) = (raw(&sample.before), raw(&sample.after));
+        let output = |entry: u64| entry & 0x1ff_ffff_ffff_f000;
+        assert_eq!((sample.level, output(before)), (1, raw(&sample.gpa)), "{sample:?}");
+        assert!(output(after) >= 1 << 40, "the store is above: {sample:?}");
+        // A valid leaf that was used; EAA reads and executes, and does not write.
+        assert_eq!(after & !output(u64::MAX), 0xc000_0000_0000_0105, "{sample:?}");
+        assert_eq!(before & !output(u64::MAX), after & !output(u64::MAX), "{sample:?}");
     }
 }
 

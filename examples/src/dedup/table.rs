@@ -9,6 +9,7 @@ use clap::ValueEnum;
 use notifier_core::{Access, Gpa, GpaRange, JoinError, OutputAddr, Resolved, Retry, Scope, Space, Subscription};
 use spte_arm64::{AccessedDirty, Stage2, Stage2Options};
 use spte_core::{Format, HarvestError, HeapPages, MapError, MapOptions, Miss, Table, TableError, format::Kind};
+use spte_ppc::{BasePage, Radix, RadixOptions};
 use spte_x86::{Ept, EptOptions, Levels, LongMode, LongModeOptions, Npt};
 
 /// Formats of tables that software walks.
@@ -29,6 +30,9 @@ pub enum TableFormat {
     /// arm64 stage 2 of 4K pages: what changes its size is broken before it is made.
     #[value(name = "arm64-s2")]
     Arm64Stage2,
+    /// Radix trees of Power with 4K pages: a page that is repointed is taken away, flushed and made again.
+    #[value(name = "ppc-radix")]
+    PpcRadix,
 }
 
 impl TableFormat {
@@ -40,6 +44,7 @@ impl TableFormat {
             Self::X86_64 => "x86-64",
             Self::X86_64La57 => "x86-64-la57",
             Self::Arm64Stage2 => "arm64-s2",
+            Self::PpcRadix => "ppc-radix",
         }
     }
 }
@@ -54,6 +59,9 @@ pub enum TableFault {
     /// arm64 stage 2 cannot be had with these options.
     #[error(transparent)]
     Arm64(#[from] spte_arm64::OptionsError),
+    /// A radix tree cannot be had with these options.
+    #[error(transparent)]
+    Ppc(#[from] spte_ppc::OptionsError),
     /// The table could not be made.
     #[error(transparent)]
     New(#[from] TableError),
@@ -157,6 +165,9 @@ impl GuestTable {
             TableFormat::Arm64Stage2 => {
                 let accessed_dirty = AccessedDirty::Hardware;
                 Self::of(space, Stage2::new(Stage2Options { accessed_dirty, ..Stage2Options::default() })?)
+            }
+            TableFormat::PpcRadix => {
+                Self::of(space, Radix::new(RadixOptions { page: BasePage::K4, ..RadixOptions::default() })?)
             }
         }
     }

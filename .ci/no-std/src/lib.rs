@@ -10,6 +10,7 @@ use core::alloc::{GlobalAlloc, Layout};
 use notifier_core::{Access, AddrRange, Change, Extent, Gpa, OutputAddr, Space};
 use spte_arm64::{Stage2, Stage2Options};
 use spte_core::{Format, HeapPages, MapOptions, Table};
+use spte_ppc::{BasePage, Radix, RadixOptions};
 use spte_x86::{Ept, EptOptions};
 
 struct NoMemory;
@@ -33,7 +34,10 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
 /// Reaches into every crate, so that all of it is compiled and linked.
 #[unsafe(no_mangle)]
 pub extern "C" fn repoint() -> bool {
-    run(Ept::new(EptOptions::default()).ok()).is_some() && run(Stage2::new(Stage2Options::default()).ok()).is_some()
+    let radix = Radix::new(RadixOptions { page: BasePage::K4, ..RadixOptions::default() });
+    run(Ept::new(EptOptions::default()).ok()).is_some()
+        && run(Stage2::new(Stage2Options::default()).ok()).is_some()
+        && run(radix.ok()).is_some()
 }
 
 fn run<F: Format>(format: Option<F>) -> Option<()> {

@@ -107,8 +107,30 @@ fn decode() -> Vec<Vec<u8>> {
         &[3, 0, 22, 22, 1, 8, 0, 0, 2, 0, 2],
         &[(1, 0x0108_0000_0501_04ff), (4, 0x0108_0080_0000_04fd), (3, 0x0000_0000_0501_0003)],
     );
+    // Radix: base page, physical bits (23 is 53), strong access order.
+    let entries = [
+        (1, 0xc000_0000_0501_0987),
+        (1, 0xc000_0000_0501_0905),
+        (1, 0xc000_0000_0501_0105),
+        (1, 0xc000_0000_0501_0526),
+        (2, 0xc000_0000_4020_0987),
+        (3, 0xc000_0000_4000_0136),
+        (2, 0x8000_0000_0501_0009),
+        (2, 0x8000_0000_0501_0105),
+        (3, 0x8000_0000_0501_0009),
+        (4, 0x8000_0000_0501_0009),
+        (1, 0x0000_0000_0000_0180),
+        (1, 0x1c00_0000_0000_0600),
+        (2, 0x0300_0000_0000_0860),
+        (4, 0xc000_0000_0000_0105),
+        (1, 0xc200_0000_0501_0105),
+        (1, 0xc000_0000_0501_0a05),
+    ];
+    add(&[6, 0, 23, 1], &entries);
+    add(&[6, 1, 23, 0], &entries);
+    add(&[6, 1, 10, 1], &entries);
     // The command, on entries and on words.
-    for format in 0..5 {
+    for format in 0..6 {
         for json in [0, 32] {
             let mut bytes = vec![4, format, json, 0];
             [0x8600_0000_0501_0b77_u64, 0x0000_0000_4020_1ee7, 0x0100_0000_0501_07ff]
@@ -141,9 +163,9 @@ const SCRIPTS: &[&str] = &[
 fn script() -> Vec<Vec<u8>> {
     let mut all = Vec::new();
     for (index, text) in SCRIPTS.iter().enumerate() {
-        for format in 0..5_u8 {
+        for format in 0..6_u8 {
             // Arm64 with each granule.
-            let which = if format == 4 { 2 } else { 0 } | if index % 4 == 3 { 32 } else { 0 } | (index & 1) as u8;
+            let which = if format >= 4 { 2 } else { 0 } | if index % 4 == 3 { 32 } else { 0 } | (index & 1) as u8;
             let mut bytes = vec![format, which];
             bytes.extend([(index / 2 % 3) as u8; 4]);
             bytes.extend(text.as_bytes());
@@ -183,9 +205,16 @@ fn operations(shape: &Shape, options: &[&[u8]]) -> Vec<Vec<u8>> {
 fn main() {
     let stage2: [&[u8]; 6] = [&[0, 0, 8], &[0, 1, 8], &[0, 2, 8], &[1, 0, 16], &[97, 0, 8], &[16, 1, 0]];
     let arm = Shape::new(&[1 << 16, 1 << 29], 40, 48).expect("a shape");
+    let power = Shape::ppc_radix(1 << 16).expect("a shape");
     let mut scarce = Vec::new();
-    for (format, options) in [(0, &[0][..]), (1, &[0]), (2, &[0]), (3, &[0]), (4, &[0, 0, 8]), (4, &[0, 2, 8])] {
-        let shape = if format == 4 { arm.clone() } else { Shape::ept() };
+    for (format, options) in
+        [(0, &[0][..]), (1, &[0]), (2, &[0]), (3, &[0]), (4, &[0, 0, 8]), (4, &[0, 2, 8]), (5, &[1])]
+    {
+        let shape = match format {
+            4 => arm.clone(),
+            5 => power.clone(),
+            _ => Shape::ept(),
+        };
         for (index, plan) in [[3, 1, 3], [5, 255, 0], [9, 2, 1], [0, 1, 0]].iter().enumerate() {
             let head = [&[format], &plan[..], options].concat();
             let made = operations(&shape, &[&head]);
@@ -201,6 +230,7 @@ fn main() {
         ("x86_64", operations(&Shape::x86_64(), &[&[0], &[1], &[6]])),
         ("la57", operations(&Shape::x86_64_la57(), &[&[0], &[1], &[6]])),
         ("arm64_s2", operations(&arm, &stage2)),
+        ("ppc_radix", operations(&power, &[&[1], &[0], &[3]])),
         ("out_of_memory", scarce),
     ];
     for (target, seeds) in corpora {

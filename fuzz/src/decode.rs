@@ -19,6 +19,7 @@ use spte_arm64::{
     bits as arm, software as arm_software,
 };
 use spte_core::format::{EntryError, Format, Kind, LeafSpec, Level, MAX_LEVELS, Touch, WriteProtect};
+use spte_ppc::{BasePage, Radix, RadixAttrs, RadixOptions};
 use spte_x86::{
     AccessedDirty, Ept, EptOptions, HardwareKind, Levels, LongMode, LongModeFormat, LongModeOptions, Npt, Usage,
     bits as x86, software,
@@ -50,7 +51,7 @@ pub fn run(data: &[u8]) {
 pub fn look(data: &[u8]) -> Seen {
     let mut input = Bytes(data);
     let input = &mut input;
-    let seen = match input.below(6) {
+    let seen = match input.below(7) {
         0 => ept(input).map(|format| each(&format, input, Ept::hardware_kind, ept_says, |_, _| false, |a, b| a == b)),
         1 => LongMode::new(long_mode(input, false))
             .ok()
@@ -69,6 +70,12 @@ pub fn look(data: &[u8]) -> Seen {
             command_on_entries(input);
             None
         }
+        6 => radix(input).map(|format| {
+            // The user's bit is nobody else's.
+            let same = |a: &RadixAttrs, b: &RadixAttrs| a.storage == b.storage;
+            // Nothing is ignored here: the format's own check refuses what it does not write.
+            each(&format, input, radix_kind, |_, _, _| u64::MAX, |_, _| false, same)
+        }),
         _ => {
             command_on_words(input);
             None
@@ -152,6 +159,20 @@ fn stage2(input: &mut Bytes<'_>) -> Option<Stage2> {
         break_level: input.one_of(&[BreakLevel::Level0, BreakLevel::Level1, BreakLevel::Level2]),
     };
     Stage2::new(options).ok()
+}
+
+fn radix(input: &mut Bytes<'_>) -> Option<Radix> {
+    let page = input.one_of(&[BasePage::K4, BasePage::K64]);
+    Radix::new(RadixOptions { page, physical_bits: 30 + input.below(30), strong_order: input.flag() }).ok()
+}
+
+fn radix_kind(format: &Radix, level: Level, raw: u64) -> HardwareKind {
+    match format.hardware_kind(level, raw) {
+        spte_ppc::HardwareKind::NotValid => HardwareKind::NotPresent,
+        spte_ppc::HardwareKind::Impossible(why) => HardwareKind::Impossible(why),
+        spte_ppc::HardwareKind::Table(at) => HardwareKind::Table(at),
+        spte_ppc::HardwareKind::Leaf => HardwareKind::Leaf,
+    }
 }
 
 fn stage2_kind(format: &Stage2, level: Level, raw: u64) -> HardwareKind {
@@ -521,7 +542,7 @@ pub(crate) fn command(arguments: &[String], mut stdin: &[u8]) -> (u8, String, St
 
 /// Options of every command that takes a format, good and bad ones.
 pub(crate) fn options(input: &mut Bytes<'_>) -> Vec<String> {
-    let mut all = vec![String::from("--format"), input.one_of(&COMMAND_FORMATS[..5]).into()];
+    let mut all = vec![String::from("--format"), input.one_of(&COMMAND_FORMATS[..6]).into()];
     let which = input.byte();
     if which & 1 != 0 {
         all.push(format!("--hw-ad={}", input.one_of(&["on", "off"])));

@@ -10,6 +10,7 @@ use spte_arm64::{AccessedDirty as Management, BreakLevel, Granule, Stage2, Stage
 use spte_core::{Format, HeapPages};
 use spte_drive::{DriveError, Driven, Pair, ScarcePages, Step};
 use spte_model::{Access, MemType, Op, Shape};
+use spte_ppc::{BasePage, Radix, RadixAttrs, RadixOptions, Storage};
 use spte_x86::{
     AccessedDirty, Ept, EptAttrs, EptMemoryType, EptOptions, Levels, LongMode, LongModeAttrs, LongModeOptions,
     MemoryType, Npt, Pat,
@@ -52,16 +53,23 @@ pub fn arm64_s2(data: &[u8]) {
     }
 }
 
+/// Radix trees of Power: base page and other options, then operations.
+pub fn ppc_radix(data: &[u8]) {
+    let mut input = Bytes(data);
+    sequence(radix_driven(&mut input), &mut input);
+}
+
 /// Any format, with a page source that fails: format, which allocations fail, options, operations.
 pub fn out_of_memory(data: &[u8]) {
     let mut input = Bytes(data);
-    let format = input.below(5);
+    let format = input.below(6);
     let plan = Plan { after: input.byte(), calls: input.byte(), again: input.byte() };
     match format {
         0 => scarce(ept_driven(&mut input), plan, &mut input),
         1 => scarce(npt_driven(&mut input), plan, &mut input),
         2 => scarce(long_mode_driven(&mut input, Levels::Four), plan, &mut input),
         3 => scarce(long_mode_driven(&mut input, Levels::Five), plan, &mut input),
+        5 => scarce(radix_driven(&mut input), plan, &mut input),
         _ => {
             if let Some(driven) = stage2_driven(&mut input) {
                 scarce(driven, plan, &mut input);
@@ -102,6 +110,16 @@ fn stage2_attrs(mem: MemType) -> Option<Stage2Attrs> {
         MemType::Wt => spte_arm64::MemoryType::WRITE_THROUGH,
     };
     Some(Stage2Attrs::default().memory(memory))
+}
+
+fn radix_attrs(mem: MemType) -> Option<RadixAttrs> {
+    let storage = match mem {
+        MemType::Wb => Storage::Normal,
+        MemType::Uc => Storage::NonIdempotent,
+        MemType::Wc => Storage::Tolerant,
+        MemType::Wt => return None,
+    };
+    Some(RadixAttrs::default().storage(storage))
 }
 
 /// A shape as `like`, with the first so many of the sizes of x86.
@@ -187,6 +205,14 @@ fn stage2_driven(input: &mut Bytes<'_>) -> Option<Driven<Stage2>> {
         .with_hw_accessed(options.accessed_dirty.sets_accessed());
     let shape = if options.fwb { shape.with_forced_write_back() } else { shape };
     Some(Driven { format, shape, attrs: stage2_attrs })
+}
+
+fn radix_driven(input: &mut Bytes<'_>) -> Driven<Radix> {
+    let how = input.byte();
+    let page = if how & 1 == 0 { BasePage::K4 } else { BasePage::K64 };
+    let options = RadixOptions { page, physical_bits: 57, strong_order: how & 2 == 0 };
+    let shape = Shape::ppc_radix(page.bytes()).expect("a base page of Power");
+    Driven { format: Radix::new(options).expect("options of a machine"), shape, attrs: radix_attrs }
 }
 
 // ---- sequences ------------------------------------------------------------------------------------------------------

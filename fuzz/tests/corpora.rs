@@ -55,6 +55,7 @@ corpora! {
     seeds_hold_in_x86_64: "x86_64",
     seeds_hold_in_la57: "la57",
     seeds_hold_in_arm64_s2: "arm64_s2",
+    seeds_hold_in_ppc_radix: "ppc_radix",
     seeds_hold_in_out_of_memory: "out_of_memory",
 }
 

@@ -151,6 +151,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let old = claim.take_away(format);
         // Not `publish` over the old leaf: its facts are reported, and belong to the old page.
         claim.old = format.absent();
+        // That the guest page was used is the new page's too, also where hardware said so late.
+        let young = format.is_young(cell.level, old);
+        let repointed = if young { format.make_young(cell.level, repointed) } else { repointed };
         let (new, outcome) = match flushed {
             Ok(()) => (repointed, PageOutcome::Changed),
             Err(_) => (format.absent(), PageOutcome::Zapped { found: None }),

@@ -369,6 +369,20 @@ fn a_late_change_during_change_pte_is_told_for_the_old_page() {
     assert_eq!((spec.output, spec.dirty), (new, false), "the new page was not written");
 }
 
+/// R of the entry that is taken away is the new entry's too, also where it came late: the page was used.
+#[test]
+fn a_late_reference_during_change_pte_stays_with_the_page() {
+    let machine = Machine::new(PAGE);
+    machine.map(PAGE, 0x8_0000, PAGE, Access::RWX).unwrap();
+    let guard = machine.space.retain(range(PAGE, PAGE)).unwrap();
+    assert_eq!(machine.table.age(range(PAGE, PAGE)), Ok(1));
+    machine.stores_late(PAGE);
+    let (expected, new) = (OutputAddr::new(0x8_0000), OutputAddr::new(0x9_0000));
+    guard.change_pte(&[Change { page: Gpa::new(PAGE), expected, new }]).unwrap();
+    guard.close().unwrap();
+    assert!(machine.spec(PAGE).accessed);
+}
+
 #[test]
 fn a_late_change_during_a_split_goes_to_the_pages() {
     let machine = Machine::new(0);

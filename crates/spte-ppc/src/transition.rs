@@ -14,8 +14,8 @@
 //!
 //! So [`change_pte`](spte_core::format::Format::set_spte) breaks too, though both pages are equal and read-only: that the contents
 //! are the same answers the first reason for memory, not for the TLB, and not the other two. R and C are read when the entry
-//! is taken away and, what comes late, again after the flush; C is reported for the old page, before the new entry is
-//! made. For that moment the guest finds nothing and faults for nothing.
+//! is taken away and, what comes late, again after the flush; R goes on to the new entry, C is reported for the old page, before the
+//! operation returns. For that moment the guest finds nothing and faults for nothing.
 //!
 //! | change of a leaf | break first | flush |
 //! |---|---|---|

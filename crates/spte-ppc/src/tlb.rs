@@ -21,7 +21,8 @@
 //! - **RIC 0 leaves the page-walk cache alone.** Where a directory entry went, an invalidation with RIC 1 for the whole partition
 //!   (there is none by address) comes before its table is used again, and before the addresses of its range, so that no walk
 //!   through the old table can fill the TLB again behind them.
-//! - **PRS 0 is enough.** What combines both scopes is dropped with either.
+//! - **PRS 0 is all that Linux asks for** after a change of a partition-scoped entry (`kvmppc_radix_tlbie_page`): so what combines
+//!   both scopes has to go with it. (Inferred from that, and not read in the ISA.)
 //! - POWER9 has two faults that need more (`fixup_tlbie_lpid_va`, `CPU_FTR_P9_TLBIE_ERAT_BUG`, `CPU_FTR_P9_TLBIE_STQ_BUG`):
 //!   [`TlbFixes`].
 //!

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! When an entry has to be broken before the new one is made, and when a change owes a flush.
 //!
-//! Power's order for a valid entry that is to translate differently is: **invalid, tlbie, write**. Make V zero; `ptesync`, so that
+//! The order kept here for a valid entry that is to translate differently is: **invalid, tlbie, write**. Make V zero; `ptesync`, so that
 //! the store comes before the invalidation; `tlbie` with the size that the old leaf had; `eieio; tlbsync; ptesync`, so that
 //! every processor has dropped it, and its stores of R and C are done; then store the new entry; `ptesync`. There are
 //! three reasons, and all of them are about what would happen with a single store:
 //!
 //! - two processors, or one processor's TLB and its ERAT, could use the old and the new translation at once, and two entries
-//!   for one address in one TLB are a machine check (multihit) on POWER9;
+//!   for one address in one TLB are a machine check (multihit) on POWER9 (Linux: `mce_p9_derror_table`);
 //! - the invalidation names a size (AP), and would be asked to find the old leaf and the new one;
 //! - R and C that a processor still sets for the old page would land in the new entry: a write to the old page would be
 //!   taken for one to the new page, and lost for the old.
@@ -35,8 +35,9 @@
 //! Sources: Power ISA 3.0, Book III, 5.10.1.2 "Modifying a Translation Table Entry", which lets "add access authorities" do
 //! without a `tlbie` (quoted so by OpenBSD, `sys/arch/powerpc64/powerpc64/db_memrw.c`); Linux: `kvmppc_unmap_pte`,
 //! `kvmppc_radix_tlbie_page`, `kvm_age_radix` (no flush), `kvm_radix_test_clear_dirty`, `kvmppc_create_pte` (rights
-//! that rise are not flushed), `radix__tlbie` sequences of `arch/powerpc/mm/book3s64/radix_tlb.c`. Linux has no place that
-//! changes the frame number of a valid radix entry.
+//! that rise are not flushed); `_tlbie_lpid_va` in `arch/powerpc/mm/book3s64/radix_tlb.c` (the barriers). Linux has no place
+//! that changes the frame number of a valid radix entry. **That the ISA asks for the whole order where the output changes was not
+//! read in it**: it is inferred from these, and is the careful choice either way.
 
 use spte_core::format::Transition;
 

@@ -172,7 +172,7 @@ impl<'p> Cell<'p> {
         if (kept ^ old) & !format.hardware_bits() != 0 {
             return None;
         }
-        let claimed = if soft { kept | format.claim_bit() } else { format.claimed() };
+        let claimed = if soft { kept | format.claim_bit() } else { format.claimed_at(self.level) };
         let exchanged = self.own.compare_exchange(format.memory_of(kept), format.memory_of(claimed));
         exchanged.ok().map(|_| Claim { cell: *self, old })
     }
@@ -180,10 +180,10 @@ impl<'p> Cell<'p> {
     /// Claims the entry and takes it away from hardware at once.
     #[must_use]
     pub(crate) fn claim_broken<F: Format>(&self, format: &F, old: u64) -> Option<Claim<'p>> {
-        let exchanged = self.own.compare_exchange(format.memory_of(old), format.memory_of(format.claimed()));
+        let exchanged = self.own.compare_exchange(format.memory_of(old), format.memory_of(format.claimed_at(self.level)));
         exchanged.ok()?;
         if let Some(mirror) = self.mirror {
-            mirror.store(format.memory_of(format.absent()));
+            mirror.store(format.memory_of(format.absent_at(self.level)));
         }
         Some(Claim { cell: *self, old })
     }
@@ -199,11 +199,11 @@ impl<'p> Cell<'p> {
         if (kept ^ old) & !format.hardware_bits() != 0 {
             return Err(kept);
         }
-        let exchanged = self.own.compare_exchange(format.memory_of(kept), format.memory_of(format.dead()));
+        let exchanged = self.own.compare_exchange(format.memory_of(kept), format.memory_of(format.dead_at(self.level)));
         let mut was = exchanged.map(|_| kept).map_err(|found| format.raw_of(found))?;
         // Once the kept entry is DEAD nobody else writes the mirror, but for hardware and the guest.
         if let Some(mirror) = self.mirror {
-            let seen = format.raw_of(mirror.swap(format.memory_of(format.absent())));
+            let seen = format.raw_of(mirror.swap(format.memory_of(format.absent_at(self.level))));
             if leaf {
                 was |= seen & format.hardware_bits();
             }
@@ -217,7 +217,7 @@ impl<'p> Cell<'p> {
         loop {
             // Facts that hardware writes late stay.
             let facts = format.raw_of(found) & format.hardware_bits();
-            match self.own.compare_exchange(found, format.memory_of(format.absent() | facts)) {
+            match self.own.compare_exchange(found, format.memory_of(format.absent_at(self.level) | facts)) {
                 Ok(_) => return,
                 Err(other) => found = other,
             }
@@ -286,10 +286,10 @@ impl Claim<'_> {
     /// Takes a claimed leaf or link away from hardware, keeping the claim: the break of break-before-make. Returns the
     /// old value with its facts.
     pub(crate) fn take_away<F: Format>(&mut self, format: &F) -> u64 {
-        let Cell { own, mirror, .. } = self.cell;
-        let mut facts = format.raw_of(own.swap(format.memory_of(format.claimed()))) & format.hardware_bits();
+        let Cell { own, mirror, level, .. } = self.cell;
+        let mut facts = format.raw_of(own.swap(format.memory_of(format.claimed_at(level)))) & format.hardware_bits();
         if let Some(mirror) = mirror {
-            facts |= format.raw_of(mirror.swap(format.memory_of(format.absent()))) & format.hardware_bits();
+            facts |= format.raw_of(mirror.swap(format.memory_of(format.absent_at(level)))) & format.hardware_bits();
         }
         if format.kind(self.cell.level, self.old) == Kind::Leaf {
             self.old |= facts;

@@ -313,6 +313,22 @@ pub trait Format: Send + Sync + 'static {
     fn claimed(&self) -> u64;
     /// The value of every entry of an unlinked table.
     fn dead(&self) -> u64;
+    /// [`Format::absent`] as it is at `level`: where walkers follow every entry of a directory without asking whether it is
+    /// one, even nothing has to lead somewhere. The contract for the three values holds at each level.
+    fn absent_at(&self, level: Level) -> u64 {
+        let _ = level;
+        self.absent()
+    }
+    /// [`Format::claimed`] as it is at `level`.
+    fn claimed_at(&self, level: Level) -> u64 {
+        let _ = level;
+        self.claimed()
+    }
+    /// [`Format::dead`] as it is at `level`.
+    fn dead_at(&self, level: Level) -> u64 {
+        let _ = level;
+        self.dead()
+    }
     /// A software bit of *present* entries (links and leaves) that marks a claim; 0 where the format has none.
     fn claim_bit(&self) -> u64;
     /// The bits that hardware, or ageing, may write at any time.

@@ -172,7 +172,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         for mut claim in claims {
             let leaf = format.unmarked(set.level(), claim.old);
             if flushed.is_err() {
-                claim.publish(format, format.absent());
+                claim.publish(format, format.absent_at(set.level()));
             } else if broken(Twin::DissolveForgetsFacts) {
                 claim.publish(format, leaf);
             } else {
@@ -207,7 +207,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         };
         removed.leaves = claims.len() as u64;
         for claim in claims {
-            claim.publish(format, format.absent());
+            claim.publish(format, format.absent_at(set.level()));
         }
         batch.add(set.start, set.span, Some(set.level()), false);
         if format.is_young(set.level(), facts) {
@@ -359,7 +359,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                     claim.old = format.merge_facts(level, claim.old, level, facts);
                     claim.publish(format, member)
                 }
-                _ => claim.publish(format, format.absent()),
+                _ => claim.publish(format, format.absent_at(level)),
             };
         }
         if let Err(source) = flushed {

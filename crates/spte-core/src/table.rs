@@ -159,7 +159,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         if page % leaf != 0 {
             return Err(TableError::PageSize { leaf, page });
         }
-        let root = pages.alloc(layout(&geometry, geometry.top()), format.memory_of(format.absent()))?;
+        let root = pages.alloc(layout(&geometry, geometry.top()), format.memory_of(format.absent_at(geometry.top())))?;
         Ok(Arc::new(Self {
             space: space.clone(),
             format,
@@ -287,7 +287,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     /// A page of one's own, not linked anywhere.
     pub(crate) fn private(&self, level: Level) -> Result<Private<'_, F, P, X>, OutOfPages> {
         let layout = self.layout(level);
-        let page = self.pages.alloc(layout, self.format.memory_of(self.format.absent()))?;
+        let page = self.pages.alloc(layout, self.format.memory_of(self.format.absent_at(level)))?;
         Ok(Private { table: self, pages: alloc::vec![(page, level)] })
     }
 
@@ -404,7 +404,7 @@ impl<F: Format, P: PageSource, X: Flush> Private<'_, F, P, X> {
             return Err(FormatError::NoLeaf { number }.into());
         };
         let table = self.table;
-        let page = table.pages.alloc(table.layout(below), table.format.memory_of(table.format.absent()))?;
+        let page = table.pages.alloc(table.layout(below), table.format.memory_of(table.format.absent_at(below)))?;
         self.pages.push((page, below));
         fill(&table.format, cell, table.format.table(cell.level, page)?);
         // SAFETY: as for `detached_node`.

@@ -59,6 +59,8 @@ pub(crate) struct Tiny {
     pub(crate) late: bool,
     pub(crate) big_endian: bool,
     pub(crate) mirror: bool,
+    /// What holds nothing in a directory is another value than in a table of pages, and another at each level.
+    pub(crate) sentinels: bool,
     pub(crate) geometry: Geometry,
 }
 
@@ -89,6 +91,7 @@ const BASE: Tiny = Tiny {
     late: false,
     big_endian: false,
     mirror: false,
+    sentinels: false,
     // Replaced by `flavours`.
     geometry: match Geometry::new(&[LevelShape { shift: 12, bits: 2, leaf: true }]) {
         Some(geometry) => geometry,
@@ -112,6 +115,10 @@ pub(crate) fn flavours() -> Vec<Tiny> {
         Tiny { name: "late", late: true, ..base },
         Tiny { name: "late-break-no-claim", late: true, claim: false, change: strict, ..base },
         Tiny { name: "big-endian", big_endian: true, geometry: two_levels(), ..base },
+        Tiny { name: "sentinels", sentinels: true, ..base },
+        Tiny { name: "sentinels-no-claim", sentinels: true, claim: false, hardware: false, ..base },
+        Tiny { name: "sentinels-break-no-claim", sentinels: true, claim: false, change: strict, late: true, ..base },
+        Tiny { name: "sentinels-mirror", sentinels: true, mirror: true, ..base },
         Tiny { name: "mirror", mirror: true, ..base },
         Tiny { name: "mirror-no-claim", mirror: true, claim: false, ..base },
         Tiny { name: "mirror-break", mirror: true, change: strict, ..base },
@@ -126,6 +133,11 @@ impl Tiny {
     /// Whether a walker may never see a miss while nothing but the shape changes.
     pub(crate) fn seamless(&self) -> bool {
         self.claim && !self.breaks()
+    }
+
+    /// Where what holds nothing leads to, at this level.
+    fn place_of_nothing(&self, level: Level) -> u64 {
+        if self.sentinels && level > Level::LEAF { u64::from(level.get()) << 9 } else { 0 }
     }
 
     fn output(raw: u64) -> OutputAddr {
@@ -169,6 +181,15 @@ impl Format for Tiny {
     fn dead(&self) -> u64 {
         DEAD
     }
+    fn absent_at(&self, level: Level) -> u64 {
+        ABSENT | self.place_of_nothing(level)
+    }
+    fn claimed_at(&self, level: Level) -> u64 {
+        CLAIMED | self.place_of_nothing(level)
+    }
+    fn dead_at(&self, level: Level) -> u64 {
+        DEAD | self.place_of_nothing(level)
+    }
     fn claim_bit(&self) -> u64 {
         if self.claim { CLAIM } else { 0 }
     }
@@ -180,8 +201,11 @@ impl Format for Tiny {
         assert_ne!(raw, POISON, "{}: read an entry of a page that is free", self.name);
         assert_ne!(raw, POISON.swap_bytes(), "{}: read an entry of a page that is free", self.name);
         if raw & PRESENT == 0 {
-            return match raw & !self.hardware_bits() {
-                0 | ABSENT => Kind::Absent,
+            let place = self.place_of_nothing(level);
+            let raw = raw & !self.hardware_bits();
+            return match raw ^ place {
+                _ if raw == 0 && place == 0 => Kind::Absent,
+                ABSENT => Kind::Absent,
                 CLAIMED => Kind::Claimed,
                 DEAD => Kind::Dead,
                 _ => Kind::Special,
@@ -378,6 +402,7 @@ impl Format for Tiny {
             Kind::Table(_) if raw & (READ | WRITE | EXECUTE | UPGRADE | ATTR | FACT | DIRTY) != 0 => {
                 bad("links are bare", raw & (READ | WRITE | EXECUTE | UPGRADE | ATTR | FACT | DIRTY))
             }
+            Kind::Special if raw & SPECIAL == 0 => bad("what holds nothing is of its level", raw),
             _ => Ok(()),
         }
     }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use notifier_core::OutputAddr;
 use spte_core::{Entry, Flush, FlushError, FlushRange, FlushRequest, OutOfPages, PageSource, TableLayout};
 
-use super::format::{DEAD, POISON, Tiny};
+use super::format::{POISON, Tiny};
 
 /// What happened, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -144,8 +144,11 @@ impl Recorder {
     /// Linked once and unlinked since: every entry is DEAD.
     fn is_dead(&self, page: &Page) -> bool {
         let ignored = super::format::ACCESSED | super::format::DIRTY;
-        use spte_core::format::Format;
-        slice(page.own, page.bytes).iter().all(|entry| self.format.raw_of(entry.load()) & !ignored == DEAD)
+        use spte_core::format::{Format, Level};
+        let all = |dead: u64| {
+            slice(page.own, page.bytes).iter().all(|entry| self.format.raw_of(entry.load()) & !ignored == dead)
+        };
+        (1..=3).filter_map(Level::new).any(|level| all(self.format.dead_at(level)))
     }
 }
 

@@ -180,7 +180,8 @@ impl<'p> Cell<'p> {
     /// Claims the entry and takes it away from hardware at once.
     #[must_use]
     pub(crate) fn claim_broken<F: Format>(&self, format: &F, old: u64) -> Option<Claim<'p>> {
-        let exchanged = self.own.compare_exchange(format.memory_of(old), format.memory_of(format.claimed_at(self.level)));
+        let exchanged =
+            self.own.compare_exchange(format.memory_of(old), format.memory_of(format.claimed_at(self.level)));
         exchanged.ok()?;
         if let Some(mirror) = self.mirror {
             mirror.store(format.memory_of(format.absent_at(self.level)));

@@ -159,7 +159,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         if page % leaf != 0 {
             return Err(TableError::PageSize { leaf, page });
         }
-        let root = pages.alloc(layout(&geometry, geometry.top()), format.memory_of(format.absent_at(geometry.top())))?;
+        let root =
+            pages.alloc(layout(&geometry, geometry.top()), format.memory_of(format.absent_at(geometry.top())))?;
         Ok(Arc::new(Self {
             space: space.clone(),
             format,

@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a refill writes into the TLB, and what a flush must name and in which order: data, for an implementation of
+//! [`Flush`](spte_core::Flush) to carry out.
+//!
+//! **A TLB entry is a pair**: the even page and the odd one of twice the page size (VPN2). Whoever changes one entry of a
+//! table drops both from the TLB, and whoever writes a TLB entry reads both from the table ([`GpaTable::pair`]; the buddy of
+//! an entry is 8 bytes away, at the address XOR 8). G counts where both halves have it (MIPS64 PRA, "TLB
+//! organization"; QEMU, `r4k_fill_tlb`); no entry of this crate has.
+//!
+//! An invalidation by address is a probe of the root TLB and, where it hits, a write of an EntryHi that no other index has,
+//! with both halves zero (Linux: `kvm_vz_host_tlb_inv`, `UNIQUE_ENTRYHI`). Two entries that match one address would be a
+//! machine check, so that the EntryHi depends on the index: [`unique_entry_hi`]. Every index may be a hit, 0 too.
+//!
+//! 1. the walker stops: it would write TLB registers meanwhile;
+//! 2. with GuestIDs, the root's probes are for the guest's (GuestCtl1.RID);
+//! 3. a probe a pair, and the write where it hits;
+//! 4. the root's own GuestID again, and the walker.
+//!
+//! All of that on every processor that ran the guest, before the flush returns. The store that took the entry away comes
+//! before it, with a SYNC between. For all of a guest there is less to do: with GuestIDs each vCPU takes a new one, and
+//! without, the root's ASID is marked on all processors first, and then vCPUs are asked to leave the guest (Linux:
+//! `kvm_mips_flush_remote_tlbs`, `kvm_vz_prepare_flush_shadow`).
+
+use spte_core::{FlushRange, FlushRequest};
+
+use crate::{
+    bits::{PageSize, bit_range},
+    gpa::{ByteOrder, GpaTable},
+    memtype::Cache,
+};
+
+/// EntryLo0 or EntryLo1, of 64 bits.
+///
+/// Bit 0 G, 1 V, 2 D, 5:3 C, from 6 the physical address in units of 4K, 62 XI, 63 RI.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct EntryLo(u64);
+
+impl EntryLo {
+    /// XI.
+    pub const EXECUTE_INHIBIT: u64 = 1 << 62;
+    /// RI.
+    pub const READ_INHIBIT: u64 = 1 << 63;
+
+    /// The register with this value.
+    pub const fn from_raw(raw: u64) -> Self {
+        Self(raw)
+    }
+    /// The register's value.
+    pub const fn raw(self) -> u64 {
+        self.0
+    }
+    /// G.
+    pub const fn is_global(self) -> bool {
+        self.0 & 1 != 0
+    }
+    /// V.
+    pub const fn is_valid(self) -> bool {
+        self.0 & 2 != 0
+    }
+    /// D.
+    pub const fn is_dirty(self) -> bool {
+        self.0 & 4 != 0
+    }
+    /// C.
+    pub const fn cache(self) -> Cache {
+        Cache::from_bits((self.0 >> 3 & 7) as u8)
+    }
+    /// The physical address.
+    pub const fn output(self) -> u64 {
+        (self.0 & bit_range(53, 6)) << 6
+    }
+}
+
+/// One TLB entry: EntryHi without an ASID, PageMask, and the two halves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Pair {
+    /// VPN2 in its place; the ASID's bits are zero.
+    pub entry_hi: u64,
+    /// PageMask.
+    pub page_mask: u64,
+    /// EntryLo0, of the even page.
+    pub even: EntryLo,
+    /// EntryLo1, of the odd page.
+    pub odd: EntryLo,
+}
+
+impl Pair {
+    /// The half that translates `gpa`.
+    pub const fn half(&self, gpa: u64) -> EntryLo {
+        // PageMask has a bit for each address bit above 4K that is inside a page.
+        let odd = (self.page_mask | 0x1fff) + 1 >> 1;
+        if gpa & odd == 0 { self.even } else { self.odd }
+    }
+
+    /// Whether the entry matches every address space: where both halves are global.
+    pub const fn is_global(&self) -> bool {
+        self.even.is_global() && self.odd.is_global()
+    }
+}
+
+/// An EntryHi that no other index of the TLB has, in ckseg0, where nothing is looked up (Linux: `UNIQUE_ENTRYHI`). EHINV,
+/// bit 10, also marks the entry as none on processors that have it, and is ignored by the others.
+pub const fn unique_entry_hi(page: PageSize, index: u16) -> u64 {
+    0xffff_ffff_8000_0000 + ((index as u64) << (page.shift() + 1)) | 1 << 10
+}
+
+impl<O: ByteOrder> GpaTable<O> {
+    /// What a refill handler, or the walker, writes into the TLB of an entry (Linux: `pte_to_entrylo`,
+    /// `build_update_entries`).
+    pub const fn entry_lo(&self, raw: u64) -> EntryLo {
+        let layout = self.options.layout;
+        if self.options.rixi {
+            // Down to XI; RI and XI then go round to the top.
+            EntryLo((raw >> (layout.global_shift() - 2)).rotate_right(2))
+        } else {
+            EntryLo(raw >> layout.global_shift())
+        }
+    }
+
+    /// The TLB entry for the pair of pages around `gpa`, from the entries of the even page and of the odd one.
+    pub const fn pair(&self, gpa: u64, even: u64, odd: u64) -> Pair {
+        Pair {
+            entry_hi: self.vpn2(gpa),
+            page_mask: self.options.page.page_mask(),
+            even: self.entry_lo(even),
+            odd: self.entry_lo(odd),
+        }
+    }
+
+    /// EntryHi for `gpa`, with an ASID of 0: the first address of its pair.
+    pub const fn vpn2(&self, gpa: u64) -> u64 {
+        gpa & !(self.pair_bytes() - 1)
+    }
+
+    const fn pair_bytes(&self) -> u64 {
+        2 * self.options.page.bytes()
+    }
+}
+
+/// What the processors can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct TlbFeatures {
+    /// GuestCtl0.G1: root TLB entries are tagged with a GuestID.
+    pub guest_ids: bool,
+    /// There is a hardware walker.
+    pub walker: bool,
+}
+
+/// One step of a flush.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Step {
+    /// SYNC: earlier stores are seen by every handler and walker.
+    Sync,
+    /// PWCtl.PWEn is cleared, and a hazard barrier follows. Nested: by a counter.
+    StopWalker,
+    /// GuestCtl1.RID becomes the guest's.
+    SelectGuest,
+    /// EntryHi becomes this, with the ASID; TLBP; where Index is not negative, EntryHi becomes [`unique_entry_hi`] of it,
+    /// both EntryLo zero, TLBWI.
+    DropPair(u64),
+    /// GuestCtl1.RID becomes the root's, which is 0.
+    SelectRoot,
+    /// PWCtl.PWEn is set again, unless somebody else has stopped the walker too.
+    StartWalker,
+    /// No vCPU enters the guest again with the GuestID it has: the next one is new.
+    DropGuestIds,
+    /// Every processor takes a new root ASID before it enters the guest again. Comes before vCPUs are asked to leave.
+    MarkAsids,
+    /// vCPUs that are in the guest leave it, and the flush waits until they have.
+    Kick,
+}
+
+/// The most pairs that are dropped one by one; with more all of the guest goes.
+const MOST: u64 = 256;
+
+/// After a trap was resolved, on the processor that took it, before the guest goes on: its TLB may have the half with V clear,
+/// or the right that was missing (Linux: the end of `kvm_vz_handle_mapping`'s callers, `kvm_vz_host_tlb_inv`).
+pub fn filled<O: ByteOrder>(format: &GpaTable<O>, features: TlbFeatures, gpa: u64) -> Steps<'static> {
+    let at = At::Sync;
+    Steps { pair_bytes: format.pair_bytes(), features, ranges: &[], next: format.vpn2(gpa), left: 1, whole: false, at }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum At {
+    Sync,
+    Stop,
+    Select,
+    Pairs,
+    Start,
+    Whole,
+    Kick,
+    End,
+}
+
+/// The steps of one flush, in order.
+#[derive(Debug, Clone)]
+pub struct Steps<'a> {
+    pair_bytes: u64,
+    features: TlbFeatures,
+    /// Those that are not begun.
+    ranges: &'a [FlushRange],
+    /// First address of the next pair.
+    next: u64,
+    /// Pairs left of the range that is begun.
+    left: u64,
+    whole: bool,
+    at: At,
+}
+
+impl<'a> Steps<'a> {
+    /// What `request` takes. Nothing, where it names nothing.
+    pub fn new<O: ByteOrder>(format: &GpaTable<O>, features: TlbFeatures, request: &FlushRequest<'a>) -> Self {
+        let pair_bytes = format.pair_bytes();
+        let named = request.all || !request.ranges.is_empty();
+        let at = if named { At::Sync } else { At::End };
+        Self { pair_bytes, features, ranges: request.ranges, next: 0, left: 0, whole: request.all, at }
+    }
+
+    /// Begins the next range, where nothing is left of the last.
+    fn begin(&mut self) {
+        if let (0, Some((range, rest))) = (self.left, self.ranges.split_first()) {
+            let (start, end) = (range.range.start().as_u64(), range.range.end().as_u64());
+            self.next = start & !(self.pair_bytes - 1);
+            // Whole pairs, at both ends.
+            self.left = (end - self.next).div_ceil(self.pair_bytes);
+            self.ranges = rest;
+        }
+    }
+}
+
+impl Iterator for Steps<'_> {
+    type Item = Step;
+
+    fn next(&mut self) -> Option<Step> {
+        let TlbFeatures { guest_ids, walker } = self.features;
+        let whole = if guest_ids { Step::DropGuestIds } else { Step::MarkAsids };
+        let (step, at) = match self.at {
+            At::Sync if self.whole => (Step::Sync, At::Whole),
+            At::Sync => (Step::Sync, if walker { At::Stop } else { At::Select }),
+            At::Stop => (Step::StopWalker, At::Select),
+            At::Select if guest_ids => (Step::SelectGuest, At::Pairs),
+            At::Select | At::Pairs => {
+                self.begin();
+                if self.left > MOST {
+                    (self.left, self.ranges, self.whole) = (0, &[], true);
+                }
+                match (self.left, guest_ids, walker) {
+                    (1.., ..) => {
+                        let step = Step::DropPair(self.next);
+                        self.next += self.pair_bytes;
+                        self.left -= 1;
+                        (step, At::Pairs)
+                    }
+                    (0, true, _) => (Step::SelectRoot, if walker { At::Start } else { self.after() }),
+                    (0, false, true) => (Step::StartWalker, self.after()),
+                    (0, false, false) if self.whole => (whole, At::Kick),
+                    (0, false, false) => {
+                        self.at = At::End;
+                        return None;
+                    }
+                }
+            }
+            At::Start => (Step::StartWalker, self.after()),
+            At::Whole => (whole, At::Kick),
+            At::Kick => (Step::Kick, At::End),
+            At::End => return None,
+        };
+        self.at = at;
+        Some(step)
+    }
+}
+
+impl Steps<'_> {
+    /// What comes when registers are as they were.
+    fn after(&self) -> At {
+        if self.whole { At::Whole } else { At::End }
+    }
+}

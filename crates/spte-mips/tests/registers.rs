@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The walker's registers: values worked out by hand, and what is refused.
+
+mod common;
+
+use common::*;
+use notifier_core::OutputAddr;
+use proptest::prelude::*;
+use spte_core::Format;
+use spte_mips::registers::Index;
+use spte_mips::*;
+
+fn values(options: GpaOptions) -> (u64, u64) {
+    let shape = WalkShape::new(&table(options));
+    let field = PwField::new(&shape, Processor::Bits64).unwrap();
+    let size = PwSize::new(&shape, Processor::Bits64).unwrap();
+    assert_eq!(size.shape(field), shape);
+    (field.raw(), size.raw())
+}
+
+#[test]
+fn walker_registers_are_as_worked_out_by_hand() {
+    // GDI 30, UDI 12, MDI 21, PTI 12, PTEI 7; PS, GDW 10, MDW 9, PTW 9.
+    let huge = GpaOptions { layout: PteLayout::Huge, ..GpaOptions::default() };
+    assert_eq!(values(huge), (0x1e31_5307, 0x4a00_9240));
+    // GDI 25, PTI 14, PTEI 6; PS, GDW 11, PTW 11.
+    assert_eq!(values(of(PageSize::K16, Width::Standard)), (0x1930_c386, 0x4b00_02c0));
+    // GDI 42, MDI 29, PTI 16, PTEI 6; PS, GDW 13, MDW 13, PTW 13.
+    assert_eq!(values(of(PageSize::K64, Width::Wide)), (0x2a31_d406, 0x4d00_d340));
+    // GDI 39, UDI 30, MDI 21, PTI 12, PTEI 6; PS and four times 9.
+    assert_eq!(values(of(PageSize::K4, Width::Wide)), (0x2779_5306, 0x4924_9240));
+    assert_eq!(PwCtl::new(Processor::Bits64).raw(), 0x8400_0000);
+    assert_eq!(PwCtl::new(Processor::Bits64).stopped().raw(), 0x400_0000);
+    assert!(!PwCtl::new(Processor::Bits64).has_huge_pages());
+    // A 32-bit kernel: two levels of 10 bits, GDI 22, PTI 12, PTEI 6.
+    let shape = WalkShape {
+        base: Index::NONE,
+        global: Index { low: 22, bits: 10 },
+        upper: Index::NONE,
+        middle: Index::NONE,
+        table: Index { low: 12, bits: 10 },
+        entry_shift: 6,
+        wide_entries: false,
+        wide_pointers: false,
+    };
+    let field = PwField::new(&shape, Processor::Bits32).unwrap();
+    let size = PwSize::new(&shape, Processor::Bits32).unwrap();
+    assert_eq!((field.raw(), size.raw()), (0x1630_c306, 0xa00_0280));
+    assert_eq!(size.shape(field), shape);
+    // With entries of two words.
+    let shape = WalkShape { wide_entries: true, table: Index { low: 12, bits: 9 }, ..shape };
+    assert_eq!(PwSize::new(&shape, Processor::Bits32).unwrap().raw(), 0xa00_0241);
+    assert_eq!(PwCtl::new(Processor::Bits32).raw(), 0x8000_0000);
+    // A base directory, on a 64-bit processor.
+    let shape = WalkShape { base: Index { low: 48, bits: 7 }, ..WalkShape::new(&table(of(PageSize::K4, Width::Wide))) };
+    let field = PwField::new(&shape, Processor::Bits64).unwrap();
+    let size = PwSize::new(&shape, Processor::Bits64).unwrap();
+    assert_eq!((field.raw(), size.raw()), (0x30_2779_5306, 0x7_4924_9240));
+    assert_eq!(size.shape(field), shape);
+    assert_eq!(PwField::from_raw(PwField::RESET, Processor::Bits32).unwrap().raw(), 0x0c30_c302);
+}
+
+#[test]
+fn an_index_below_twelve_is_refused() {
+    for (low, name) in [(24, "GDI"), (18, "UDI"), (12, "MDI"), (6, "PTI"), (32, "BDI")] {
+        for value in [0, 1, 11] {
+            let raw = (PwField::RESET | 12 << 32) & !(0x3f << low) | value << low;
+            let found = PwField::from_raw(raw, Processor::Bits64);
+            if (name, value) == ("BDI", 0) {
+                assert!(found.is_ok(), "as Linux leaves it");
+            } else {
+                assert_eq!(found, Err(RegisterError::Index { raw, field: name, value: value as u8 }));
+            }
+        }
+    }
+    for ptei in [0, 1, 32, 63] {
+        let raw = PwField::RESET & !0x3f | ptei;
+        assert_eq!(PwField::from_raw(raw, Processor::Bits64), Err(RegisterError::Field { raw, field: "PTEI" }));
+    }
+}
+
+#[test]
+fn what_walks_nothing_is_refused() {
+    for (raw, field) in [(0x4a00_9242, "PTEW"), (0x4000_0240, "GDW, UDW and MDW"), (0x4a00_9000, "PTW")] {
+        assert_eq!(PwSize::from_raw(raw, Processor::Bits64), Err(RegisterError::Field { raw, field }));
+    }
+    assert_eq!(
+        PwSize::from_raw(0x4a00_9240, Processor::Bits32),
+        Err(RegisterError::Reserved { raw: 0x4a00_9240, bits: 0x4000_0000 })
+    );
+    assert_eq!(
+        PwField::from_raw(0x5e31_5307, Processor::Bits64),
+        Err(RegisterError::Reserved { raw: 0x5e31_5307, bits: 0x4000_0000 })
+    );
+    assert_eq!(
+        PwCtl::from_raw(0x8400_0000, Processor::Bits32),
+        Err(RegisterError::Reserved { raw: 0x8400_0000, bits: 0x400_0000 })
+    );
+    assert_eq!(
+        PwCtl::from_raw(0x8400_0100, Processor::Bits64),
+        Err(RegisterError::Reserved { raw: 0x8400_0100, bits: 0x100 })
+    );
+}
+
+#[test]
+fn the_root_is_an_address_in_xkphys() {
+    let format = table(GpaOptions::default());
+    // 1024 entries: two pages.
+    let base = PwBase::new(&format, OutputAddr::new(0x1234_4000)).unwrap();
+    assert_eq!((base.raw(), base.root()), (0x9800_0000_1234_4000, OutputAddr::new(0x1234_4000)));
+    let root = OutputAddr::new(0x1234_5000);
+    assert_eq!(PwBase::new(&format, root), Err(RegisterError::Unaligned { root, align: 0x2000 }));
+    let root = OutputAddr::new(1 << 48);
+    assert_eq!(PwBase::new(&format, root), Err(RegisterError::TooWide { root, bits: 48 }));
+    assert_eq!(PwBase::from_raw(0xffff_ffff_8012_0000).unwrap().root(), OutputAddr::new(0x12_0000));
+    assert_eq!(PwBase::from_raw(0x12_0000), Err(RegisterError::Mapped { raw: 0x12_0000 }));
+}
+
+proptest! {
+    #[test]
+    fn registers_come_back(format in any_format(), raw in any::<u64>(), wide in any::<bool>()) {
+        let shape = WalkShape::new(&format);
+        let field = PwField::new(&shape, Processor::Bits64).unwrap();
+        let size = PwSize::new(&shape, Processor::Bits64).unwrap();
+        prop_assert_eq!(size.shape(field), shape);
+        prop_assert_eq!(u32::from(shape.global.low + shape.global.bits), format.geometry().address_bits());
+        let processor = if wide { Processor::Bits64 } else { Processor::Bits32 };
+        for raw in [raw, raw & 0x3fff_ffff, raw | 0x0c30_c30c] {
+            if let (Ok(field), Ok(size)) = (PwField::from_raw(raw, processor), PwSize::from_raw(raw, processor)) {
+                let shape = size.shape(field);
+                prop_assert_eq!(PwSize::new(&shape, processor), Ok(size));
+                let again = PwField::new(&shape, processor).unwrap();
+                // BDI counts for nothing without BDW.
+                prop_assert_eq!(again.raw() & 0x3fff_ffff, field.raw() & 0x3fff_ffff);
+            }
+            if let Ok(control) = PwCtl::from_raw(raw, processor) {
+                prop_assert_eq!(control.raw(), raw);
+            }
+        }
+    }
+}

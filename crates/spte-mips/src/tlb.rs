@@ -88,7 +88,7 @@ impl Pair {
     /// The half that translates `gpa`.
     pub const fn half(&self, gpa: u64) -> EntryLo {
         // PageMask has a bit for each address bit above 4K that is inside a page.
-        let odd = (self.page_mask | 0x1fff) + 1 >> 1;
+        let odd = ((self.page_mask | 0x1fff) + 1) >> 1;
         if gpa & odd == 0 { self.even } else { self.odd }
     }
 
@@ -101,7 +101,7 @@ impl Pair {
 /// An EntryHi that no other index of the TLB has, in ckseg0, where nothing is looked up (Linux: `UNIQUE_ENTRYHI`). EHINV,
 /// bit 10, also marks the entry as none on processors that have it, and is ignored by the others.
 pub const fn unique_entry_hi(page: PageSize, index: u16) -> u64 {
-    0xffff_ffff_8000_0000 + ((index as u64) << (page.shift() + 1)) | 1 << 10
+    (0xffff_ffff_8000_0000 + ((index as u64) << (page.shift() + 1))) | 1 << 10
 }
 
 impl<O: ByteOrder> GpaTable<O> {

@@ -119,13 +119,13 @@ struct SetupArgs {
     /// Bits of a guest physical address [default: 48, x86-64-la57: 57, arm64-s2: 40, ppc-radix: 52]
     #[arg(long, value_name = "N")]
     ipa_bits: Option<u32>,
-    /// Bits of an output address [default: 52, arm64-s2: 48]
+    /// Bits of an output address [default: 52, arm64-s2 and mips64: 48]
     #[arg(long, value_name = "N")]
     pa_bits: Option<u32>,
-    /// Levels of the table [default: 4, or 5 where the guest's addresses need them; arm64-s2: as few as there can be]
+    /// Levels of the table [default: 4, or 5 where the guest's addresses need them; arm64-s2 and mips64: as few as there can be]
     #[arg(long, value_name = "N")]
     levels: Option<u8>,
-    /// Hardware sets accessed and dirty [default: on, arm64-s2: off]
+    /// Hardware sets accessed and dirty [default: on, arm64-s2: off, mips64: never]
     #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "on")]
     hw_ad: Option<Switch>,
 }

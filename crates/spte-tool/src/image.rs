@@ -170,10 +170,10 @@ where
             path.pop();
             continue;
         };
-        if raw == 0 || raw == format.absent() {
+        let level = node.level;
+        if raw == 0 || raw == format.absent_at(level) {
             continue;
         }
-        let level = node.level;
         let gpa = node.gpa + ((index as u64) << geometry.level(level).shift);
         if rows == limit {
             return Err(ImageError::Rows { limit, gpa }.into());

@@ -25,6 +25,7 @@ pub mod decode;
 pub mod format;
 pub mod image;
 pub mod machine;
+mod mips;
 mod ppc;
 mod ranges;
 pub mod script;

@@ -3,7 +3,9 @@
 
 use std::fmt;
 
+use notifier_core::OutputAddr;
 use spte_arm64::{AccessedDirty, Granule, Stage2, Stage2Options, Start};
+use spte_mips::{BigEndian, GpaOptions, GpaTable, PageSize, Width};
 use spte_ppc::{BasePage, Radix, RadixOptions};
 use spte_x86::{Ept, EptOptions, Levels, LongMode, LongModeOptions, Npt};
 use thiserror::Error;
@@ -75,6 +77,9 @@ const ARM64_WIDEST: u8 = 52;
 /// Levels of a radix tree.
 const RADIX_LEVELS: u8 = 4;
 
+/// The most physical address bits of a MIPS table: what xkphys holds.
+const MIPS_WIDEST: u8 = 59;
+
 /// Options that make no table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -144,6 +149,15 @@ pub enum SetupError {
     /// The radix tree's own reason.
     #[error(transparent)]
     Ppc(#[from] spte_ppc::OptionsError),
+    /// Hardware of this format writes nothing into tables.
+    #[error("accessed and dirty are software's in format {format}")]
+    HwAd {
+        /// The format.
+        format: FormatName,
+    },
+    /// The MIPS format's own reason.
+    #[error(transparent)]
+    Mips(#[from] spte_mips::OptionsError),
 }
 
 /// Options as they are given. What is `None` is the format's default.
@@ -193,7 +207,8 @@ impl Setup {
             }
             FormatName::Arm64Stage2 => Self::arm64(options),
             FormatName::PpcRadix => Self::radix(options),
-            FormatName::PpcHpt | FormatName::Mips64 => Err(SetupError::NotBuilt { format }),
+            FormatName::Mips64 => Self::mips(options),
+            FormatName::PpcHpt => Err(SetupError::NotBuilt { format }),
         }
     }
 
@@ -289,6 +304,50 @@ impl Setup {
         Stage2Options { granule, ipa_bits, physical_bits, lpa2, start, accessed_dirty, xnx, ..Stage2Options::default() }
     }
 
+    fn mips(options: &Options) -> Result<Self, SetupError> {
+        let format = FormatName::Mips64;
+        let granule = options.granule.unwrap_or(4 << 10);
+        let Some(page) = PageSize::from_bytes(granule) else { return Err(SetupError::Granule { format, granule }) };
+        if options.hw_ad == Some(true) {
+            return Err(SetupError::HwAd { format });
+        }
+        // Levels of the standard width, bits of it, and bits of one level more.
+        let (standard, narrow, wide) = match page {
+            PageSize::K4 => (3, 40, 48),
+            PageSize::K16 => (2, 36, 48),
+            PageSize::K64 => (2, 42, 55),
+        };
+        let ipa_bits = options.ipa_bits.unwrap_or(48);
+        let levels = options.levels.unwrap_or(if ipa_bits > narrow { standard + 1 } else { standard });
+        let most = match levels {
+            levels if levels == standard => narrow,
+            levels if levels == standard + 1 => wide,
+            levels => return Err(SetupError::Levels { format, levels }),
+        };
+        let least = 32;
+        if ipa_bits < least || ipa_bits > most {
+            return Err(SetupError::IpaBits { format, bits: ipa_bits, least, most, levels });
+        }
+        let pa_bits = options.pa_bits.unwrap_or(48);
+        let (least, most) = (32, MIPS_WIDEST.into());
+        if pa_bits < least || pa_bits > most {
+            return Err(SetupError::PaBits { bits: pa_bits, least, most });
+        }
+        Ok(Self { format, granule, ipa_bits, pa_bits, levels, hw_ad: false })
+    }
+
+    /// The machine that the options say, or the widest there is.
+    fn gpa(&self, widest: bool) -> GpaOptions {
+        let page = PageSize::from_bytes(self.granule).unwrap_or_default();
+        let standard = if page == PageSize::K4 { 3 } else { 2 };
+        let width = if self.levels == standard { Width::Standard } else { Width::Wide };
+        // 32 to 59, as checked.
+        let physical_bits = if widest { MIPS_WIDEST } else { self.pa_bits as u8 };
+        // The last megabyte: nothing that a process is given lies there.
+        let sentinels = OutputAddr::new((1 << physical_bits) - (1 << 20));
+        GpaOptions { page, width, physical_bits, sentinels, ..GpaOptions::default() }
+    }
+
     /// The format.
     pub fn format(&self) -> FormatName {
         self.format
@@ -343,7 +402,8 @@ impl Setup {
                 let page = BasePage::from_bytes(self.granule).unwrap_or_default();
                 Ok(user.with(Radix::new(RadixOptions { page, physical_bits, ..RadixOptions::default() })?))
             }
-            format @ (FormatName::PpcHpt | FormatName::Mips64) => Err(SetupError::NotBuilt { format }),
+            FormatName::Mips64 => Ok(user.with(GpaTable::<BigEndian>::new(self.gpa(widest))?)),
+            format @ FormatName::PpcHpt => Err(SetupError::NotBuilt { format }),
         }
     }
 

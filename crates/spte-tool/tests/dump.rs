@@ -242,7 +242,7 @@ proptest! {
     fn any_image_is_no_panic(
         format in prop::sample::select(vec![
             "ept", "npt", "x86-64", "x86-64-la57", "arm64-s2", "arm64-s2 --ipa-bits 48", "arm64-s2 --granule 16k --ipa-bits 36",
-            "ppc-radix", "ppc-radix --granule 64k",
+            "ppc-radix", "ppc-radix --granule 64k", "mips64",
         ]),
         entries in prop::collection::vec((0_usize..6, 0_usize..512, 0_u64..8, any::<u64>(), any::<u64>()), 0..60),
         cut in 0_usize..6 * 4096, noise in prop::collection::vec((0_usize..6 * 4096, any::<u8>()), 0..20),

@@ -15,6 +15,8 @@ enum Bits {
     Ept,
     /// NPT and long mode.
     LongMode,
+    /// KVM's table for 64-bit MIPS.
+    Mips,
     /// arm64 stage 2.
     Stage2 {
         /// Hardware records writes: DBM.
@@ -73,6 +75,17 @@ impl Case {
                 let accessed = if leaf.accessed { 0x100 } else { 0 };
                 3 << 62 | leaf.out | mem << 4 | has(Access::R, 4) | write | has(Access::X, 1) | accessed
             }
+            Bits::Mips => {
+                let mem = match leaf.mem {
+                    MemType::Wt => 0,
+                    MemType::Uc => 2,
+                    MemType::Wb => 3,
+                    MemType::Wc => 7,
+                };
+                let lacks = |right: Access, bit: u64| if leaf.access.contains(right) { 0 } else { bit };
+                let (valid, dirty) = (if leaf.accessed { 0x80 } else { 0 }, if leaf.writable() { 0x100 } else { 0 });
+                leaf.out | mem << 9 | dirty | valid | lacks(Access::R, 0x20) | lacks(Access::X, 0x10)
+            }
             Bits::Stage2 { hw_ad, wide } => {
                 let mem = match leaf.mem {
                     MemType::Uc => 1,
@@ -106,7 +119,7 @@ impl Case {
             Bits::LongMode => 0x40,
             Bits::Stage2 { hw_ad: true, .. } => 0x80,
             // Who may write has written, for all that the entry says.
-            Bits::Stage2 { hw_ad: false, .. } => 0,
+            Bits::Mips | Bits::Stage2 { hw_ad: false, .. } => 0,
         }
     }
 
@@ -117,6 +130,7 @@ impl Case {
             Bits::Radix => 1 << 63 | u64::from(self.shift(n) - self.shift(n - 1)),
             Bits::Ept => 0x107,
             Bits::LongMode => 0x27,
+            Bits::Mips => 0x9800_0000_0000_0000,
             Bits::Stage2 { .. } => 3,
         }
     }
@@ -125,6 +139,7 @@ impl Case {
         match self.bits {
             Bits::Radix => raw >> 62 & 1 == 1,
             Bits::Ept | Bits::LongMode => level == "L1" || raw & 0x80 != 0,
+            Bits::Mips => level == "L1",
             Bits::Stage2 { .. } => level == "L3" || raw & 2 == 0,
         }
     }
@@ -141,7 +156,7 @@ impl Case {
     /// The architecture's number of that level.
     fn number(&self, n: u32) -> i64 {
         match self.bits {
-            Bits::Ept | Bits::LongMode | Bits::Radix => n.into(),
+            Bits::Ept | Bits::LongMode | Bits::Radix | Bits::Mips => n.into(),
             Bits::Stage2 { .. } => 4 - i64::from(n),
         }
     }
@@ -295,6 +310,9 @@ compare! {
         "npt --ipa-bits 32 --pa-bits 32", Shape::npt().with_bits(32, 32).unwrap(), Bits::LongMode, 4;
     x86_64_answers_as_the_model: "x86-64", Shape::x86_64(), Bits::LongMode, 4;
     la57_answers_as_the_model: "x86-64-la57", Shape::x86_64_la57(), Bits::LongMode, 5;
+    mips_answers_as_the_model, one in 4: "mips64", Shape::new(&[4 * K], 48, 48).unwrap(), Bits::Mips, 4;
+    mips_of_64k_answers_as_the_model, one in 16:
+        "mips64 --granule 64k --ipa-bits 42", Shape::new(&[64 * K], 42, 48).unwrap(), Bits::Mips, 2;
     arm64_answers_as_the_model: "arm64-s2", stage2(&[4 * K, 2 * M, G], 40, 48), SOFTWARE, 3;
     arm64_with_hardware_ad_answers_as_the_model:
         "arm64-s2 --hw-ad", stage2(&[4 * K, 2 * M, G], 40, 48).with_hw_ad(true), HARDWARE, 3;

@@ -63,10 +63,10 @@ fn the_readme_shows_what_is_printed() {
     let (ran, formats) = consoles(&shell, include_str!("../README.md"));
     assert_eq!(
         formats,
-        ["ept", "npt", "x86-64", "x86-64-la57", "arm64-s2", "ppc-radix --granule 64k"],
+        ["ept", "npt", "x86-64", "x86-64-la57", "arm64-s2", "ppc-radix --granule 64k", "mips64"],
         "one script a format"
     );
-    assert_eq!(ran, 12);
+    assert_eq!(ran, 13);
 }
 
 #[test]
@@ -74,9 +74,9 @@ fn the_workspaces_readme_shows_what_is_printed() {
     let shell = Shell::new("workspace");
     let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md")).unwrap();
     let (ran, formats) = consoles(&shell, &page);
-    let expected = ["ept", "npt", "x86-64", "x86-64-la57", "arm64-s2 --granule 16k", "ppc-radix"];
+    let expected = ["ept", "npt", "x86-64", "x86-64-la57", "arm64-s2 --granule 16k", "ppc-radix", "mips64"];
     assert_eq!(formats, expected, "one script a format");
-    assert_eq!(ran, 6);
+    assert_eq!(ran, 7);
 }
 
 #[test]

@@ -870,3 +870,101 @@ fn rule_14_radix_dumps_under_the_mask() {
          L2 c1ffffffffe001b7 leaf\nL1 c1ffffffffff01b7 leaf\nend 6\n"
     );
 }
+
+#[test]
+fn rule_02_mips_lines_are_whole_pages_of_48_bits() {
+    let refused = |options: &str, line: &str| {
+        let words: Vec<&str> = ["run", "--format", "mips64"].into_iter().chain(options.split_whitespace()).collect();
+        let (status, out, err) = spte(&words, line.as_bytes());
+        assert_eq!((status, out.as_str()), (2, ""));
+        err
+    };
+    assert_eq!(
+        refused("", "map 0x1000000000000 0 4k r\n"),
+        "line 1: guest address 0x1000000000fff is beyond 48 bits\n"
+    );
+    assert_eq!(
+        refused("--ipa-bits 40", "touch 0x10000000000 r\n"),
+        "line 1: guest address 0x10000000000 is beyond 40 bits\n"
+    );
+    assert_eq!(
+        refused("--granule 64k", "unmap 0x1000 64k\n"),
+        "line 1: guest address 0x1000 is not aligned to 0x10000\n"
+    );
+    assert_eq!(refused("--hw-ad", ""), "spte: accessed and dirty are software's in format mips64\n");
+    let levels = "spte: 48 guest address bits are not within 32 to 40, which 3 levels of mips64 translate\n";
+    assert_eq!(refused("--levels 3", ""), levels);
+    assert_eq!(refused("--levels 5", ""), "spte: format mips64 has no tables of 5 levels\n");
+    assert_eq!(refused("--pa-bits 60", ""), "spte: 60 physical address bits are not within 32 to 59\n");
+}
+
+#[test]
+fn rule_04_mips_has_every_right_and_every_memory_type() {
+    // RI and XI say what is missing; V is set; C is 2, 7, 0, 3.
+    let script = "map 0x1000 0x1000 4k r mem=uc\nmap 0x2000 0x2000 4k - mem=wc\nmap 0x3000 0x3000 4k x mem=wt\n\
+        map 0x4000 0x4000 4k wx\nmap 0x5000 0x5000 4k rw\nmap 0x5000 0 8k r\nmap 0x200000 0 2m r page=2m\n\
+        map 0x200000 0x400000 12k rwx page=max\ndump\n";
+    assert_eq!(
+        run("mips64 --ipa-bits 40", script),
+        "ok\nok\nok\nok\nok\nrefused present 0x5000\nrefused page\nok\n\
+         L3 0x0 9800000000000000\nL2 0x0 9800000000000000\nL1 0x1000 0000000000001490\nL1 0x2000 0000000000002eb0\n\
+         L1 0x3000 00000000000030a0\nL1 0x4000 00000000000047a0\nL1 0x5000 0000000000005790\n\
+         L2 0x200000 9800000000000000\nL1 0x200000 0000000000400780\nL1 0x201000 0000000000401780\n\
+         L1 0x202000 0000000000402780\nend 11\n"
+    );
+}
+
+#[test]
+fn rules_06_to_09_mips_facts_are_software_s() {
+    let script = "map 0x3000 0x7000 8k rwx\nage 0x3000 4k\ntouch 0x3000 r\ntouch 0x3000 w\nwrprotect 0x3000 8k\n\
+        touch 0x4000 w\ndirty 0 1m\nchange 0x3000 0x9000\nchange 0x5000 0x9000\nwalk 0x3000\ntouch 0x3000 w\n";
+    for (options, root) in [("mips64 --ipa-bits 40", ""), ("mips64", "L4 0x0 9800000000000000\n")] {
+        let end = if root.is_empty() { 3 } else { 4 };
+        assert_eq!(
+            run(options, script),
+            format!(
+                "ok\nok 1\nfault af\nok 0x7000\nok\nok 0x8000\n0x4000 0x1000\nend 1\nchanged\nabsent\n\
+                 {root}L3 0x0 9800000000000000\nL2 0x0 9800000000000000\nL1 0x3000 0000000000009680\nend {end}\nfault perm\n"
+            )
+        );
+    }
+}
+
+#[test]
+fn rule_10_mips_has_no_larger_leaves() {
+    let script = "map 0x10000 0x30000 128k rx page=max\nsplit 0x10000 64k\ncollapse 0 1m\nzapchange 0x10000 0\nwalk 0x10000\nstats\n";
+    assert_eq!(
+        run("mips64 --granule 64k", script),
+        "ok\nok\nok\nzapped\nL3 0x0 9800000000000000\nL2 0x0 9800000000000000\nL1 0x10000 0000000000000000\nend 3\n\
+         tables 3\nleaves_64k 1\nbytes_tables 196608\nend 3\n"
+    );
+}
+
+#[test]
+fn rule_12_mips_flushes_are_probes_of_pairs_or_a_new_guest_id() {
+    // Two pages of two pairs, one page, more than 256 pairs; absent pages owe none.
+    let script = "map 0 0x40000000 4m rw\nunmap 0x3000 8k\nunmap 0x9000 4k\nunmap 0x9000 4k\nflushes\n\
+        unmap 0x10000 0x210000\nflushes\nstats\nunmap 0 1t\nstats\n";
+    assert_eq!(
+        run("mips64 --ipa-bits 40", script),
+        "ok\nok\nok\nok\ntlbp 3\nend 1\nok\nguestid 1\ntlbp 3\nend 2\n\
+         tables 4\nleaves_4k 493\nbytes_tables 20480\nend 3\nok\ntables 1\nleaves_4k 0\nbytes_tables 8192\nend 3\n"
+    );
+}
+
+#[test]
+fn rule_14_mips_masks_leave_what_goes_into_entry_lo() {
+    let mask = |options: &str| {
+        let words: Vec<&str> =
+            ["decode", "--mask", "--format", "mips64"].into_iter().chain(options.split_whitespace()).collect();
+        spte(&words, b"").1
+    };
+    assert_eq!(
+        mask(""),
+        "L4 f800000000000000 table\nL3 f800000000000000 table\nL2 f800000000000000 table\nL1 0000fffffffffff0 leaf\nend 4\n"
+    );
+    assert_eq!(
+        mask("--granule 64k --ipa-bits 42 --pa-bits 40"),
+        "L2 f800000000000000 table\nL1 000000ffffff0ff0 leaf\nend 2\n"
+    );
+}

@@ -6,7 +6,7 @@ mod common;
 use common::spte;
 use proptest::prelude::*;
 
-const FORMATS: [&str; 9] = [
+const FORMATS: [&str; 10] = [
     "ept",
     "npt",
     "x86-64",
@@ -16,6 +16,7 @@ const FORMATS: [&str; 9] = [
     "arm64-s2 --granule 64k",
     "ppc-radix",
     "ppc-radix --granule 64k --hw-ad=off",
+    "mips64",
 ];
 
 /// Ends well, or says at which line it does not.

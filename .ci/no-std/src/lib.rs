@@ -10,6 +10,7 @@ use core::alloc::{GlobalAlloc, Layout};
 use notifier_core::{Access, AddrRange, Change, Extent, Gpa, OutputAddr, Space};
 use spte_arm64::{Stage2, Stage2Options};
 use spte_core::{Format, HeapPages, MapOptions, Table};
+use spte_mips::{BigEndian, GpaOptions, GpaTable};
 use spte_ppc::{BasePage, Radix, RadixOptions};
 use spte_x86::{Ept, EptOptions};
 
@@ -37,6 +38,7 @@ pub extern "C" fn repoint() -> bool {
     let radix = Radix::new(RadixOptions { page: BasePage::K4, ..RadixOptions::default() });
     run(Ept::new(EptOptions::default()).ok()).is_some()
         && run(Stage2::new(Stage2Options::default()).ok()).is_some()
+        && run(GpaTable::<BigEndian>::new(GpaOptions::default()).ok()).is_some()
         && run(radix.ok()).is_some()
 }
 

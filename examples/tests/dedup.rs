@@ -51,7 +51,7 @@ fn merged_pages_are_repointed_without_a_fault() {
 
 #[test]
 fn merged_pages_are_repointed_without_a_fault_in_each_format() {
-    for format in ["npt", "x86-64", "x86-64-la57", "arm64-s2", "ppc-radix"] {
+    for format in ["npt", "x86-64", "x86-64-la57", "arm64-s2", "ppc-radix", "mips64"] {
         let report = brief("16M", &["--seconds", "2", "--format", format]);
         assert_safe(&report);
         assert_eq!(report.refaults_after_merge, 0, "{format}: {report}");
@@ -102,6 +102,25 @@ fn radix_leaves_change_their_frame_and_nothing_else() {
         // A valid leaf that was used; EAA reads and executes, and does not write.
         assert_eq!(after & !output(u64::MAX), 0xc000_0000_0000_0105, "{sample:?}");
         assert_eq!(before & !output(u64::MAX), after & !output(u64::MAX), "{sample:?}");
+    }
+}
+
+#[test]
+fn mips_leaves_change_their_frame_and_nothing_else() {
+    let _alone = alone();
+    let options = Options::from_args(["dedup", "--format", "mips64", "--mem", "16M", "--seconds", "2"]).unwrap();
+    let report = run(&options, &AtomicBool::new(false)).unwrap();
+    assert_safe(&report);
+    assert_eq!((report.backend, report.refaults_after_merge), ("software", 0), "{report}");
+    assert_eq!(report.samples.len(), 8);
+    for sample in &report.samples {
+        let raw = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap();
+        let (before, after) = (raw(&sample.before), raw(&sample.after));
+        let output = |entry: u64| entry & 0xffff_ffff_f000;
+        assert_eq!((sample.level, output(before)), (1, raw(&sample.gpa)), "{sample:?}");
+        assert!(output(after) >= 1 << 40, "the store is above: {sample:?}");
+        // Write-back, V, ACCESSED, PRESENT; neither D nor WRITE and MODIFIED, neither RI nor XI.
+        assert_eq!([before, after].map(|entry| entry & !output(u64::MAX)), [0x685; 2], "{sample:?}");
     }
 }
 

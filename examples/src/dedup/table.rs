@@ -9,6 +9,7 @@ use clap::ValueEnum;
 use notifier_core::{Access, Gpa, GpaRange, JoinError, OutputAddr, Resolved, Retry, Scope, Space, Subscription};
 use spte_arm64::{AccessedDirty, Stage2, Stage2Options};
 use spte_core::{Format, HarvestError, HeapPages, MapError, MapOptions, Miss, Table, TableError, format::Kind};
+use spte_mips::{BigEndian, GpaOptions, GpaTable};
 use spte_ppc::{BasePage, Radix, RadixOptions};
 use spte_x86::{Ept, EptOptions, Levels, LongMode, LongModeOptions, Npt};
 
@@ -33,6 +34,9 @@ pub enum TableFormat {
     /// Radix trees of Power with 4K pages: a page that is repointed is taken away, flushed and made again.
     #[value(name = "ppc-radix")]
     PpcRadix,
+    /// KVM's table for 64-bit MIPS, 4K pages, big-endian: V and D say what was used and written, and entries that are claimed
+    /// are absent meanwhile.
+    Mips64,
 }
 
 impl TableFormat {
@@ -45,6 +49,7 @@ impl TableFormat {
             Self::X86_64La57 => "x86-64-la57",
             Self::Arm64Stage2 => "arm64-s2",
             Self::PpcRadix => "ppc-radix",
+            Self::Mips64 => "mips64",
         }
     }
 }
@@ -62,6 +67,9 @@ pub enum TableFault {
     /// A radix tree cannot be had with these options.
     #[error(transparent)]
     Ppc(#[from] spte_ppc::OptionsError),
+    /// The MIPS table cannot be had with these options.
+    #[error(transparent)]
+    Mips(#[from] spte_mips::OptionsError),
     /// The table could not be made.
     #[error(transparent)]
     New(#[from] TableError),
@@ -152,7 +160,8 @@ pub(crate) struct GuestTable {
 }
 
 impl GuestTable {
-    /// An empty table that is told of every window of `space`. Accessed and dirty are set as by hardware, in each format.
+    /// An empty table that is told of every window of `space`. Accessed and dirty are set as by hardware, in each format
+    /// whose hardware does.
     pub(crate) fn new(space: &Space, format: TableFormat) -> Result<Self, TableFault> {
         let long_mode = LongModeOptions::default();
         match format {
@@ -162,6 +171,7 @@ impl GuestTable {
             TableFormat::X86_64La57 => {
                 Self::of(space, LongMode::new(LongModeOptions { levels: Levels::Five, ..long_mode })?)
             }
+            TableFormat::Mips64 => Self::of(space, GpaTable::<BigEndian>::new(GpaOptions::default())?),
             TableFormat::Arm64Stage2 => {
                 let accessed_dirty = AccessedDirty::Hardware;
                 Self::of(space, Stage2::new(Stage2Options { accessed_dirty, ..Stage2Options::default() })?)

@@ -129,8 +129,30 @@ fn decode() -> Vec<Vec<u8>> {
     add(&[6, 0, 23, 1], &entries);
     add(&[6, 1, 23, 0], &entries);
     add(&[6, 1, 10, 1], &entries);
+    // MIPS: page, width, layout, physical bits (18 is 48), RI and XI, cache attribute of tables, sentinels elsewhere.
+    let entries = [
+        (1, 0x0000_0000_1234_078f),
+        (1, 0x0000_0000_1234_0687),
+        (1, 0x0000_0000_1234_060b),
+        (1, 0x0000_0000_1234_06b5),
+        (2, 0x9800_0000_1234_0000),
+        (2, 0x9800_ffff_fff0_0000),
+        (2, 0),
+        (1, 0),
+        (1, 0x9540_0000_0000_0000),
+        (1, 0x0000_0000_0007_0000),
+        (1, 0x0000_0000_1234_0080),
+    ];
+    for page in 0..3 {
+        add(&[7, page, 0, 0, 18, 1, 3, 0], &entries);
+        add(
+            &[7, page, 1, 1, 18, 1, 3, 0],
+            &entries.map(|(level, raw)| (level, if level == 1 { raw << 1 } else { raw })),
+        );
+        add(&[7, page, 1, 0, 29, 0, 5, 1, 64], &[(1, 0x1234_07af), (1, 0x1234_06a5), (3, 0xa800_0000_1234_0000)]);
+    }
     // The command, on entries and on words.
-    for format in 0..6 {
+    for format in 0..7 {
         for json in [0, 32] {
             let mut bytes = vec![4, format, json, 0];
             [0x8600_0000_0501_0b77_u64, 0x0000_0000_4020_1ee7, 0x0100_0000_0501_07ff]
@@ -163,8 +185,8 @@ const SCRIPTS: &[&str] = &[
 fn script() -> Vec<Vec<u8>> {
     let mut all = Vec::new();
     for (index, text) in SCRIPTS.iter().enumerate() {
-        for format in 0..6_u8 {
-            // Arm64 with each granule.
+        for format in 0..7_u8 {
+            // Arm64, Power and MIPS with each granule.
             let which = if format >= 4 { 2 } else { 0 } | if index % 4 == 3 { 32 } else { 0 } | (index & 1) as u8;
             let mut bytes = vec![format, which];
             bytes.extend([(index / 2 % 3) as u8; 4]);
@@ -206,13 +228,16 @@ fn main() {
     let stage2: [&[u8]; 6] = [&[0, 0, 8], &[0, 1, 8], &[0, 2, 8], &[1, 0, 16], &[97, 0, 8], &[16, 1, 0]];
     let arm = Shape::new(&[1 << 16, 1 << 29], 40, 48).expect("a shape");
     let power = Shape::ppc_radix(1 << 16).expect("a shape");
+    let mips: [&[u8]; 5] = [&[0, 0], &[1, 0], &[3, 1], &[12, 2], &[16, 0]];
+    let gpa = Shape::new(&[1 << 16], 40, 48).expect("a shape");
     let mut scarce = Vec::new();
     for (format, options) in
-        [(0, &[0][..]), (1, &[0]), (2, &[0]), (3, &[0]), (4, &[0, 0, 8]), (4, &[0, 2, 8]), (5, &[1])]
+        [(0, &[0][..]), (1, &[0]), (2, &[0]), (3, &[0]), (4, &[0, 0, 8]), (4, &[0, 2, 8]), (5, &[1]), (6, &[1, 0])]
     {
         let shape = match format {
             4 => arm.clone(),
             5 => power.clone(),
+            6 => gpa.clone(),
             _ => Shape::ept(),
         };
         for (index, plan) in [[3, 1, 3], [5, 255, 0], [9, 2, 1], [0, 1, 0]].iter().enumerate() {
@@ -231,6 +256,7 @@ fn main() {
         ("la57", operations(&Shape::x86_64_la57(), &[&[0], &[1], &[6]])),
         ("arm64_s2", operations(&arm, &stage2)),
         ("ppc_radix", operations(&power, &[&[1], &[0], &[3]])),
+        ("mips64", operations(&gpa, &mips)),
         ("out_of_memory", scarce),
     ];
     for (target, seeds) in corpora {

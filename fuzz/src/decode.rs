@@ -19,6 +19,7 @@ use spte_arm64::{
     bits as arm, software as arm_software,
 };
 use spte_core::format::{EntryError, Format, Kind, LeafSpec, Level, MAX_LEVELS, Touch, WriteProtect};
+use spte_mips::{BigEndian, Cache, GpaOptions, GpaTable, PageSize, PteLayout, Width};
 use spte_ppc::{BasePage, Radix, RadixAttrs, RadixOptions};
 use spte_x86::{
     AccessedDirty, Ept, EptOptions, HardwareKind, Levels, LongMode, LongModeFormat, LongModeOptions, Npt, Usage,
@@ -51,7 +52,7 @@ pub fn run(data: &[u8]) {
 pub fn look(data: &[u8]) -> Seen {
     let mut input = Bytes(data);
     let input = &mut input;
-    let seen = match input.below(7) {
+    let seen = match input.below(8) {
         0 => ept(input).map(|format| each(&format, input, Ept::hardware_kind, ept_says, |_, _| false, |a, b| a == b)),
         1 => LongMode::new(long_mode(input, false))
             .ok()
@@ -76,6 +77,7 @@ pub fn look(data: &[u8]) -> Seen {
             // Nothing is ignored here: the format's own check refuses what it does not write.
             each(&format, input, radix_kind, |_, _, _| u64::MAX, |_, _| false, same)
         }),
+        7 => mips(input).map(|format| each(&format, input, mips_kind, |_, _, _| u64::MAX, |_, _| false, |a, b| a == b)),
         _ => {
             command_on_words(input);
             None
@@ -184,6 +186,33 @@ fn stage2_kind(format: &Stage2, level: Level, raw: u64) -> HardwareKind {
     }
 }
 
+fn mips(input: &mut Bytes<'_>) -> Option<GpaTable<BigEndian>> {
+    let mut options = GpaOptions {
+        page: input.one_of(&[PageSize::K4, PageSize::K16, PageSize::K64]),
+        width: input.one_of(&[Width::Standard, Width::Wide]),
+        layout: input.one_of(&[PteLayout::Plain, PteLayout::Huge, PteLayout::HugeSplitting]),
+        physical_bits: 30 + input.below(32),
+        rixi: input.flag(),
+        table_cache: Cache::from_bits(input.below(8)),
+        ..GpaOptions::default()
+    };
+    // Near the end of what there is, or where it is by default.
+    if input.flag() {
+        let end = 1_u64.checked_shl(options.physical_bits.into()).unwrap_or(0);
+        options.sentinels = OutputAddr::new(end.wrapping_sub(u64::from(input.byte()) << 14));
+    }
+    GpaTable::new(options).ok()
+}
+
+fn mips_kind(format: &GpaTable<BigEndian>, level: Level, raw: u64) -> HardwareKind {
+    match format.hardware_kind(level, raw) {
+        spte_mips::HardwareKind::NotValid => HardwareKind::NotPresent,
+        spte_mips::HardwareKind::Impossible(why) => HardwareKind::Impossible(why),
+        spte_mips::HardwareKind::Table(at) => HardwareKind::Table(at),
+        spte_mips::HardwareKind::Leaf => HardwareKind::Leaf,
+    }
+}
+
 // ---- the bits of a leaf that its spec says --------------------------------------------------------------------------
 // What is left out: bits that hardware ignores and nobody writes, the claim, and states that only an operation makes of a
 // leaf (what a mitigation withheld, what a window denied).
@@ -273,7 +302,9 @@ fn each<F: Format>(
             names_a_rule(format, level, raw, why);
         }
         assert_eq!(format.raw_of(format.memory_of(raw)), raw, "memory order is not undone");
-        nothing_stays_nothing(format, level, raw);
+        if level <= format.geometry().top() {
+            nothing_stays_nothing(format, level, raw);
+        }
         match format.check(level, raw) {
             Err(why) => {
                 seen.refused += 1;
@@ -320,9 +351,9 @@ fn names_a_rule<F: Format>(format: &F, level: Level, raw: u64, why: &EntryError)
 /// The three values that hold nothing stay what they are, whatever hardware writes to them.
 fn nothing_stays_nothing<F: Format>(format: &F, level: Level, raw: u64) {
     let noise = raw & format.hardware_bits();
-    assert_eq!(format.kind(level, format.absent() | noise), Kind::Absent);
-    assert_eq!(format.kind(level, format.claimed() | noise), Kind::Claimed);
-    assert_eq!(format.kind(level, format.dead() | noise), Kind::Dead);
+    assert_eq!(format.kind(level, format.absent_at(level) | noise), Kind::Absent);
+    assert_eq!(format.kind(level, format.claimed_at(level) | noise), Kind::Claimed);
+    assert_eq!(format.kind(level, format.dead_at(level) | noise), Kind::Dead);
 }
 
 fn passes<F: Format>(format: &F, level: Level, raw: u64, made_by: &str) {
@@ -492,7 +523,7 @@ fn leaf<F: Format>(format: &F, level: Level, raw: u64, says: u64, unsaid: bool) 
     }
     let same = format.transition(level, raw, raw);
     assert!(!same.break_first && !same.flush, "an entry that stays owes {same:?}");
-    assert!(format.transition(level, raw, format.absent()).flush || !young, "taking a leaf away owes nothing");
+    assert!(format.transition(level, raw, format.absent_at(level)).flush || !young, "taking a leaf away owes nothing");
 }
 
 fn two_leaves<F: Format>(
@@ -529,7 +560,7 @@ fn two_leaves<F: Format>(
 // ---- the command ----------------------------------------------------------------------------------------------------
 
 const COMMAND_FORMATS: [&str; 8] =
-    ["ept", "npt", "x86-64", "x86-64-la57", "arm64-s2", "ppc-radix", "ppc-hpt", "mips64"];
+    ["ept", "npt", "x86-64", "x86-64-la57", "arm64-s2", "ppc-radix", "mips64", "ppc-hpt"];
 
 /// Runs `spte` in this process: its status and what it printed.
 pub(crate) fn command(arguments: &[String], mut stdin: &[u8]) -> (u8, String, String) {
@@ -542,7 +573,7 @@ pub(crate) fn command(arguments: &[String], mut stdin: &[u8]) -> (u8, String, St
 
 /// Options of every command that takes a format, good and bad ones.
 pub(crate) fn options(input: &mut Bytes<'_>) -> Vec<String> {
-    let mut all = vec![String::from("--format"), input.one_of(&COMMAND_FORMATS[..6]).into()];
+    let mut all = vec![String::from("--format"), input.one_of(&COMMAND_FORMATS[..7]).into()];
     let which = input.byte();
     if which & 1 != 0 {
         all.push(format!("--hw-ad={}", input.one_of(&["on", "off"])));

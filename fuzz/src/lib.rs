@@ -9,7 +9,7 @@
 //! | `decode` | a format with options, and raw entries | [`decode`]: nothing panics, what passes a check is what its spec says, every operation keeps it so |
 //! | `script` | options, and the text of a script | [`script`]: exit status, `line N:`, as many rows as `end N` says |
 //! | `protocol` | windows, faults, leases, members, slots of one space | [`protocol`]: the invariants I1 to I8, I10, I11 |
-//! | `ept`, `npt`, `x86_64`, `la57`, `arm64_s2`, `ppc_radix` | options of a format, and operations | [`ops`]: table and model agree after each |
+//! | `ept`, `npt`, `x86_64`, `la57`, `arm64_s2`, `ppc_radix`, `mips64` | options of a format, and operations | [`ops`]: table and model agree after each |
 //! | `out_of_memory` | the same, and which allocations fail | [`ops`]: what is left is as before or as asked for |
 #![warn(missing_docs)]
 
@@ -39,6 +39,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "la57", run: ops::la57 },
     Target { name: "arm64_s2", run: ops::arm64_s2 },
     Target { name: "ppc_radix", run: ops::ppc_radix },
+    Target { name: "mips64", run: ops::mips64 },
     Target { name: "out_of_memory", run: ops::out_of_memory },
 ];
 

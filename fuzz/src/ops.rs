@@ -9,6 +9,7 @@
 use spte_arm64::{AccessedDirty as Management, BreakLevel, Granule, Stage2, Stage2Attrs, Stage2Options, Start};
 use spte_core::{Format, HeapPages};
 use spte_drive::{DriveError, Driven, Pair, ScarcePages, Step};
+use spte_mips::{BigEndian, Cache, GpaAttrs, GpaOptions, GpaTable, LittleEndian, PageSize, PteLayout, Width};
 use spte_model::{Access, MemType, Op, Shape};
 use spte_ppc::{BasePage, Radix, RadixAttrs, RadixOptions, Storage};
 use spte_x86::{
@@ -59,10 +60,21 @@ pub fn ppc_radix(data: &[u8]) {
     sequence(radix_driven(&mut input), &mut input);
 }
 
+/// KVM's table for 64-bit MIPS: page size and other options, then operations.
+pub fn mips64(data: &[u8]) {
+    let mut input = Bytes(data);
+    let (options, shape, little) = mips_options(&mut input);
+    if little {
+        sequence(mips_driven::<LittleEndian>(options, shape), &mut input);
+    } else {
+        sequence(mips_driven::<BigEndian>(options, shape), &mut input);
+    }
+}
+
 /// Any format, with a page source that fails: format, which allocations fail, options, operations.
 pub fn out_of_memory(data: &[u8]) {
     let mut input = Bytes(data);
-    let format = input.below(6);
+    let format = input.below(7);
     let plan = Plan { after: input.byte(), calls: input.byte(), again: input.byte() };
     match format {
         0 => scarce(ept_driven(&mut input), plan, &mut input),
@@ -70,6 +82,10 @@ pub fn out_of_memory(data: &[u8]) {
         2 => scarce(long_mode_driven(&mut input, Levels::Four), plan, &mut input),
         3 => scarce(long_mode_driven(&mut input, Levels::Five), plan, &mut input),
         5 => scarce(radix_driven(&mut input), plan, &mut input),
+        6 => {
+            let (options, shape, _) = mips_options(&mut input);
+            scarce(mips_driven::<BigEndian>(options, shape), plan, &mut input);
+        }
         _ => {
             if let Some(driven) = stage2_driven(&mut input) {
                 scarce(driven, plan, &mut input);
@@ -213,6 +229,43 @@ fn radix_driven(input: &mut Bytes<'_>) -> Driven<Radix> {
     let options = RadixOptions { page, physical_bits: 57, strong_order: how & 2 == 0 };
     let shape = Shape::ppc_radix(page.bytes()).expect("a base page of Power");
     Driven { format: Radix::new(options).expect("options of a machine"), shape, attrs: radix_attrs }
+}
+
+/// Options, what the model knows of them, and whether it is little-endian.
+fn mips_options(input: &mut Bytes<'_>) -> (GpaOptions, Shape, bool) {
+    let how = input.byte();
+    let page = input.one_of(&[PageSize::K4, PageSize::K16, PageSize::K64]);
+    let width = if how & 1 == 0 { Width::Standard } else { Width::Wide };
+    let layout = match how >> 1 & 3 {
+        1 => PteLayout::Huge,
+        2 => PteLayout::HugeSplitting,
+        _ => PteLayout::Plain,
+    };
+    let options = GpaOptions { page, width, layout, rixi: how & 8 == 0, ..GpaOptions::default() };
+    let bits = match (page, width) {
+        (PageSize::K4, Width::Standard) => 40,
+        (PageSize::K16, Width::Standard) => 36,
+        (PageSize::K64, Width::Standard) => 42,
+        (PageSize::K4 | PageSize::K16, Width::Wide) => 48,
+        (PageSize::K64, Width::Wide) => 55,
+    };
+    let shape = Shape::new(&[page.bytes()], bits, 48).expect("a page and widths");
+    let shape = if options.rixi { shape } else { shape.with_access(&[Access::RWX, Access::RX]) };
+    (options, shape, how & 16 != 0)
+}
+
+fn mips_attrs(mem: MemType) -> Option<GpaAttrs> {
+    let cache = match mem {
+        MemType::Wb => Cache::NonCoherent,
+        MemType::Uc => Cache::Uncached,
+        MemType::Wc => Cache::UncachedAccelerated,
+        MemType::Wt => Cache::WriteThrough,
+    };
+    Some(GpaAttrs { cache })
+}
+
+fn mips_driven<O: spte_mips::ByteOrder>(options: GpaOptions, shape: Shape) -> Driven<GpaTable<O>> {
+    Driven { format: GpaTable::new(options).expect("options of a machine"), shape, attrs: mips_attrs }
 }
 
 // ---- sequences ------------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ corpora! {
     seeds_hold_in_la57: "la57",
     seeds_hold_in_arm64_s2: "arm64_s2",
     seeds_hold_in_ppc_radix: "ppc_radix",
+    seeds_hold_in_mips64: "mips64",
     seeds_hold_in_out_of_memory: "out_of_memory",
 }
 

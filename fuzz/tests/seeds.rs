@@ -21,7 +21,8 @@ fn every_kind_of_entry_of_every_format_is_looked_at() {
         sum.others += seen.others;
         sum.refused += seen.refused;
     }
-    for format in ["ept", "ept-5level", "npt", "npt-5level", "x86-64", "x86-64-la57", "arm64-s2", "ppc-radix"] {
+    for format in ["ept", "ept-5level", "npt", "npt-5level", "x86-64", "x86-64-la57", "arm64-s2", "ppc-radix", "mips64"]
+    {
         let seen = all.get(format).unwrap_or_else(|| panic!("no seed is of {format}: {all:?}"));
         let enough = seen.leaves >= 3 && seen.links >= 1 && seen.others >= 1 && seen.refused >= 1;
         assert!(enough, "{format}: {seen:?}");

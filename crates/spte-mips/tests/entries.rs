@@ -138,7 +138,7 @@ fn empty_directories_lead_to_sentinels_and_empty_tables_are_zero() {
                 if number > 1 {
                     let page = (value - format.pointer(sentinels.start())) / page;
                     assert!(page < sentinels.pages());
-                    assert_eq!(page / 3 + 2, number.into());
+                    assert_eq!(page / 3 + 2, u64::from(number));
                 }
             }
         }

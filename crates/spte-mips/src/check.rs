@@ -7,7 +7,7 @@
 //! those of Linux's accessors: V is ACCESSED, D needs WRITE and MODIFIED, no entry is global or huge.
 //!
 //! EntryLo has few rules to break: no value of C is reserved everywhere (see [`memtype`](crate::memtype)), and bits above
-//! the physical address are not kept (QEMU: `helper_mtc0_entrylo0` masks them away), so that an address which has any
+//! the physical address are not kept (QEMU: `helper_dmtc0_entrylo0` masks them away), so that an address which has any
 //! leads to another page.
 
 use notifier_core::OutputAddr;

@@ -98,8 +98,8 @@ pub struct GpaOptions {
     pub layout: PteLayout,
     /// Physical address bits: 32 to 59.
     pub physical_bits: u8,
-    /// RI and XI are in use (Config3.RXI, PageGrain.RIE and XIE). Without, what can be read can be executed, and there is no
-    /// leaf that cannot be.
+    /// RI and XI are in use (PageGrain.RIE and XIE; QEMU: `helper_dmtc0_entrylo0`). Without, what can be read can be
+    /// executed, and there is no leaf that cannot be.
     pub rixi: bool,
     /// The cache attribute of table pages: links are addresses in xkphys that have it.
     pub table_cache: Cache,

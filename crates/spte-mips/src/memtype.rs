@@ -2,7 +2,7 @@
 //! Cache attributes: C of EntryLo, three bits.
 //!
 //! 2 and 3 are what the architecture requires; the others are the processor's (MIPS64 PRA, "Cacheability and Coherency
-//! Attributes"). Names and values are Linux's (`_CACHE_CACHABLE_NO_WA` and so on, `pgtable-bits.h`); the kernel's default for
+//! Attributes"), and EntryLo of release 6 need not take them. Names and values are Linux's (`_CACHE_CACHABLE_NO_WA` and so on, `pgtable-bits.h`); the kernel's default for
 //! memory is platform data (`_page_cachable_default`), 3 or 5 as a rule.
 
 /// A cache attribute.

@@ -13,7 +13,7 @@
 //! `page_table_walk_refill`, which it has for 32-bit processors alone).
 //!
 //! **A bad index drops the write.** An index of PWField below 12 makes processors ignore the whole write (`config_htw_params`
-//! says so; QEMU, for release 6, ignores the field), which is why indices that are not used keep their reset value of 12.
+//! says so; QEMU clears the field on release 6, and takes any value before), which is why indices that are not used keep their reset value of 12.
 //! A PTEI that the processor cannot shift by is kept as it was: after the write PWField is read back, and the walker stays off
 //! where PTEI differs.
 //!
@@ -214,7 +214,7 @@ impl PwBase {
 pub struct PwField(u64);
 
 impl PwField {
-    /// What it is after a reset of a 32-bit processor: every index 12, PTEI 2.
+    /// What it is after a reset: every index 12, PTEI 2 (QEMU, release 6; `config_htw_params` relies on the indices).
     pub const RESET: u64 = 0x0c30_c302;
 
     /// For such tables. BDI stays 0 where there is no base directory.

@@ -98,10 +98,12 @@ impl Pair {
     }
 }
 
-/// An EntryHi that no other index of the TLB has, in ckseg0, where nothing is looked up (Linux: `UNIQUE_ENTRYHI`). EHINV,
-/// bit 10, also marks the entry as none on processors that have it, and is ignored by the others.
-pub const fn unique_entry_hi(page: PageSize, index: u16) -> u64 {
-    (0xffff_ffff_8000_0000 + ((index as u64) << (page.shift() + 1))) | 1 << 10
+/// An EntryHi that no other index of the TLB has, in ckseg0, where nothing is looked up (Linux: `UNIQUE_ENTRYHI`, `tlb.h`).
+/// `ehinv`: the processor has TLBINV (Config4.IE), so that bit 10 says that the entry is none (QEMU: `CP0EnHi_EHINV`); on
+/// others it is reserved.
+pub const fn unique_entry_hi(page: PageSize, index: u16, ehinv: bool) -> u64 {
+    let unique = 0xffff_ffff_8000_0000 + ((index as u64) << (page.shift() + 1));
+    if ehinv { unique | 1 << 10 } else { unique }
 }
 
 impl<O: ByteOrder> GpaTable<O> {

@@ -113,13 +113,13 @@ fn all_of_a_guest_goes_by_new_ids() {
 fn every_index_has_an_entry_hi_of_its_own() {
     for page in PAGES {
         let all: BTreeSet<u64> =
-            (0..1024).map(|index| unique_entry_hi(page, index) & !(2 * page.bytes() - 1)).collect();
+            (0..1024).map(|index| unique_entry_hi(page, index, true) & !(2 * page.bytes() - 1)).collect();
         assert_eq!(all.len(), 1024);
         // None is a guest physical address, and index 0 is one as any other.
         assert!(all.iter().all(|hi| *hi >= 0xffff_ffff_8000_0000));
     }
-    assert_eq!(unique_entry_hi(PageSize::K4, 0), 0xffff_ffff_8000_0400);
-    assert_eq!(unique_entry_hi(PageSize::K16, 3), 0xffff_ffff_8001_8400);
+    assert_eq!(unique_entry_hi(PageSize::K4, 0, true), 0xffff_ffff_8000_0400);
+    assert_eq!(unique_entry_hi(PageSize::K16, 3, false), 0xffff_ffff_8001_8000);
 }
 
 /// A TLB as hardware has one: what matches twice is a machine check.
@@ -131,7 +131,7 @@ struct Tlb {
 impl Tlb {
     fn new(page: PageSize) -> Self {
         let none = |index| Pair {
-            entry_hi: unique_entry_hi(page, index),
+            entry_hi: unique_entry_hi(page, index, false),
             page_mask: page.page_mask(),
             even: EntryLo::default(),
             odd: EntryLo::default(),
@@ -153,8 +153,12 @@ impl Tlb {
             if let Step::DropPair(at) = step {
                 if let Some(index) = self.probe(at) {
                     let (even, odd) = (EntryLo::default(), EntryLo::default());
-                    self.slots[index] =
-                        Pair { entry_hi: unique_entry_hi(self.page, index as u16), even, odd, ..self.slots[index] };
+                    self.slots[index] = Pair {
+                        entry_hi: unique_entry_hi(self.page, index as u16, false),
+                        even,
+                        odd,
+                        ..self.slots[index]
+                    };
                 }
             }
         }

@@ -49,6 +49,8 @@ pub struct Config {
     pub private_reclaim: bool,
     /// In the primary format ageing takes rights away.
     pub ages_by_rights: bool,
+    /// The tables have leaves of 2M.
+    pub large_leaves: bool,
     pub sabotage: Sabotage,
     pub seed: u64,
     pub duration: Duration,
@@ -334,7 +336,11 @@ pub fn run(name: &str, config: Config) -> Result<(), String> {
     let comparing = &shared.beats[WORKERS.len()];
     comparing.idle.store(true, Relaxed);
     let missing = |activities: &Activities| -> Vec<Activity> {
-        let impossible = |what: &Activity| *what == Activity::MadeYoung && !config.ages_by_rights;
+        let impossible = |what: &Activity| match what {
+            Activity::MadeYoung => !config.ages_by_rights,
+            Activity::LeafOf2M | Activity::Collapsed => !config.large_leaves,
+            _ => false,
+        };
         activities.missing().filter(|what| !impossible(what)).collect()
     };
     let begun = Instant::now();

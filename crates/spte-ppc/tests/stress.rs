@@ -63,6 +63,7 @@ fn config() -> Config {
         secondary: |space| tables::join(space, radix(), None),
         private_reclaim: true,
         ages_by_rights: false,
+        large_leaves: true,
         sabotage: Sabotage::None,
         seed: seed(),
         duration: Duration::from_secs_f64(seconds()) / RUNS,

@@ -65,7 +65,7 @@ pub fn look(data: &[u8]) -> Seen {
         3 => stage2(input).map(|format| {
             // Where it executes is a right, and the user's bit is nobody else's.
             let same = |a: &Stage2Attrs, b: &Stage2Attrs| (a.memory, a.shareability) == (b.memory, b.shareability);
-            each(&format, input, stage2_kind, stage2_says, |_, _| false, same)
+            each(&format, input, Stage2::hardware_kind, stage2_says, |_, _| false, same)
         }),
         4 => {
             command_on_entries(input);
@@ -75,9 +75,11 @@ pub fn look(data: &[u8]) -> Seen {
             // The user's bit is nobody else's.
             let same = |a: &RadixAttrs, b: &RadixAttrs| a.storage == b.storage;
             // Nothing is ignored here: the format's own check refuses what it does not write.
-            each(&format, input, radix_kind, |_, _, _| u64::MAX, |_, _| false, same)
+            each(&format, input, Radix::hardware_kind, |_, _, _| u64::MAX, |_, _| false, same)
         }),
-        7 => mips(input).map(|format| each(&format, input, mips_kind, |_, _, _| u64::MAX, |_, _| false, |a, b| a == b)),
+        7 => mips(input).map(|format| {
+            each(&format, input, GpaTable::hardware_kind, |_, _, _| u64::MAX, |_, _| false, |a, b| a == b)
+        }),
         _ => {
             command_on_words(input);
             None
@@ -168,24 +170,6 @@ fn radix(input: &mut Bytes<'_>) -> Option<Radix> {
     Radix::new(RadixOptions { page, physical_bits: 30 + input.below(30), strong_order: input.flag() }).ok()
 }
 
-fn radix_kind(format: &Radix, level: Level, raw: u64) -> HardwareKind {
-    match format.hardware_kind(level, raw) {
-        spte_ppc::HardwareKind::NotValid => HardwareKind::NotPresent,
-        spte_ppc::HardwareKind::Impossible(why) => HardwareKind::Impossible(why),
-        spte_ppc::HardwareKind::Table(at) => HardwareKind::Table(at),
-        spte_ppc::HardwareKind::Leaf => HardwareKind::Leaf,
-    }
-}
-
-fn stage2_kind(format: &Stage2, level: Level, raw: u64) -> HardwareKind {
-    match format.hardware_kind(level, raw) {
-        spte_arm64::HardwareKind::NotValid => HardwareKind::NotPresent,
-        spte_arm64::HardwareKind::Impossible(why) => HardwareKind::Impossible(why),
-        spte_arm64::HardwareKind::Table(at) => HardwareKind::Table(at),
-        spte_arm64::HardwareKind::Leaf => HardwareKind::Leaf,
-    }
-}
-
 fn mips(input: &mut Bytes<'_>) -> Option<GpaTable<BigEndian>> {
     let mut options = GpaOptions {
         page: input.one_of(&[PageSize::K4, PageSize::K16, PageSize::K64]),
@@ -202,15 +186,6 @@ fn mips(input: &mut Bytes<'_>) -> Option<GpaTable<BigEndian>> {
         options.sentinels = OutputAddr::new(end.wrapping_sub(u64::from(input.byte()) << 14));
     }
     GpaTable::new(options).ok()
-}
-
-fn mips_kind(format: &GpaTable<BigEndian>, level: Level, raw: u64) -> HardwareKind {
-    match format.hardware_kind(level, raw) {
-        spte_mips::HardwareKind::NotValid => HardwareKind::NotPresent,
-        spte_mips::HardwareKind::Impossible(why) => HardwareKind::Impossible(why),
-        spte_mips::HardwareKind::Table(at) => HardwareKind::Table(at),
-        spte_mips::HardwareKind::Leaf => HardwareKind::Leaf,
-    }
 }
 
 // ---- the bits of a leaf that its spec says --------------------------------------------------------------------------
@@ -350,10 +325,10 @@ fn names_a_rule<F: Format>(format: &F, level: Level, raw: u64, why: &EntryError)
 
 /// The three values that hold nothing stay what they are, whatever hardware writes to them.
 fn nothing_stays_nothing<F: Format>(format: &F, level: Level, raw: u64) {
-    let noise = raw & format.hardware_bits();
-    assert_eq!(format.kind(level, format.absent_at(level) | noise), Kind::Absent);
-    assert_eq!(format.kind(level, format.claimed_at(level) | noise), Kind::Claimed);
-    assert_eq!(format.kind(level, format.dead_at(level) | noise), Kind::Dead);
+    let noise = raw & format.hardware_bits(level, format.not_present(level).absent);
+    assert_eq!(format.kind(level, format.not_present(level).absent | noise), Kind::Absent);
+    assert_eq!(format.kind(level, format.not_present(level).claimed | noise), Kind::Claimed);
+    assert_eq!(format.kind(level, format.not_present(level).dead | noise), Kind::Dead);
 }
 
 fn passes<F: Format>(format: &F, level: Level, raw: u64, made_by: &str) {
@@ -476,7 +451,7 @@ fn leaf<F: Format>(format: &F, level: Level, raw: u64, says: u64, unsaid: bool) 
             Touch::Allowed(touched) => {
                 assert!(in_force.contains(access), "{access} was allowed by {spec:?}");
                 still_leaf(format, level, touched, "touch");
-                assert_eq!((touched ^ raw) & !format.hardware_bits(), 0, "hardware wrote another bit");
+                assert_eq!((touched ^ raw) & !format.hardware_bits(level, raw), 0, "hardware wrote another bit");
                 assert_eq!(format.spec(level, touched).output, spec.output);
                 assert!(!dirty || format.is_dirty(level, touched), "a touch lost the dirty fact");
                 let told = format.is_dirty(level, touched) || !access.writable();
@@ -523,7 +498,10 @@ fn leaf<F: Format>(format: &F, level: Level, raw: u64, says: u64, unsaid: bool) 
     }
     let same = format.transition(level, raw, raw);
     assert!(!same.break_first && !same.flush, "an entry that stays owes {same:?}");
-    assert!(format.transition(level, raw, format.absent_at(level)).flush || !young, "taking a leaf away owes nothing");
+    assert!(
+        format.transition(level, raw, format.not_present(level).absent).flush || !young,
+        "taking a leaf away owes nothing"
+    );
 }
 
 fn two_leaves<F: Format>(

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, set_hook};
 use notifier_core::{Access, OutputAddr};
 use secondary_mmu_fuzz::decode::look_with;
 use spte_core::format::{
-    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, Touch, Transition, WriteProtect,
+    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, NotPresent, Touch, Transition, WriteProtect,
 };
 use spte_x86::{Ept, EptAttrs, EptOptions};
 
@@ -82,20 +82,14 @@ impl Format for Wrong {
     fn geometry(&self) -> &Geometry {
         self.0.geometry()
     }
-    fn absent(&self) -> u64 {
-        self.0.absent()
-    }
-    fn claimed(&self) -> u64 {
-        self.0.claimed()
-    }
-    fn dead(&self) -> u64 {
-        self.0.dead()
+    fn not_present(&self, level: Level) -> NotPresent {
+        self.0.not_present(level)
     }
     fn claim_bit(&self) -> u64 {
         self.0.claim_bit()
     }
-    fn hardware_bits(&self) -> u64 {
-        self.pick(Fault::HardwareUnclaims, || ACCESSED | DIRTY | 1 << 57, || self.0.hardware_bits())
+    fn hardware_bits(&self, level: Level, raw: u64) -> u64 {
+        self.pick(Fault::HardwareUnclaims, || ACCESSED | DIRTY | 1 << 57, || self.0.hardware_bits(level, raw))
     }
     fn kind(&self, level: Level, raw: u64) -> Kind {
         self.0.kind(level, raw)

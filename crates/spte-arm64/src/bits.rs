@@ -9,13 +9,9 @@
 
 use core::fmt;
 
-use notifier_core::OutputAddr;
-use spte_core::format::{FormatError, Geometry, Level, LevelShape};
-
-/// Bits `low` to `high`, both included. `low <= high <= 63`; anything else gives no bits.
-pub const fn bit_range(high: u32, low: u32) -> u64 {
-    if high > 63 || low > high { 0 } else { (u64::MAX >> (63 - high)) & (u64::MAX << low) }
-}
+use spte_core::format::{Geometry, Level, LevelShape};
+pub use spte_core::raw::bit_range;
+pub(crate) use spte_core::raw::check_output;
 
 /// Bit 0: valid. With it clear hardware ignores all others.
 pub const VALID: u64 = 1 << 0;
@@ -265,17 +261,6 @@ pub(crate) fn geometry(
     };
     let all = [shape(3), shape(2), shape(1), shape(0), shape(-1)];
     Geometry::new(&all[..(4 - start) as usize]).ok_or(OptionsError::StartLevel { granule, number: start })
-}
-
-/// Whether `output` fits `bits` physical address bits and is a multiple of `align`.
-pub(crate) fn check_output(output: OutputAddr, align: u64, bits: u8) -> Result<u64, FormatError> {
-    if !output.is_aligned(align) {
-        return Err(FormatError::Unaligned { output, align });
-    }
-    if output.as_u64() >> bits != 0 {
-        return Err(FormatError::OutputTooWide { output, bits: u32::from(bits) });
-    }
-    Ok(output.as_u64())
 }
 
 /// Where the 52 bits of an output address stand in a descriptor.

@@ -27,7 +27,6 @@ use spte_core::format::{EntryError, Format, Kind, Level};
 
 use crate::{
     bits::{ACCESS_FLAG, CONTIGUOUS, Granule, number_of},
-    check::{refuse, require},
     software::CLAIM,
     stage2::Stage2,
 };
@@ -67,24 +66,42 @@ impl Stage2 {
     pub fn check_contiguous(&self, level: Level, first: u64, index: u16, raw: u64) -> Result<(), EntryError> {
         let set = self.contiguous(level).filter(|set| index < set.entries);
         let Some(set) = set else {
-            return require(level, raw, false, CONTIGUOUS, "this level has no contiguous sets of that size");
+            return EntryError::require(
+                number_of(level),
+                raw,
+                false,
+                CONTIGUOUS,
+                "this level has no contiguous sets of that size",
+            );
         };
-        require(level, raw, self.kind(level, raw) == Kind::Leaf, 1, "every entry of a contiguous set is a leaf")?;
-        require(level, raw, raw & CONTIGUOUS != 0, CONTIGUOUS, "every entry of a contiguous set has the bit")?;
+        EntryError::require(
+            number_of(level),
+            raw,
+            self.kind(level, raw) == Kind::Leaf,
+            1,
+            "every entry of a contiguous set is a leaf",
+        )?;
+        EntryError::require(
+            number_of(level),
+            raw,
+            raw & CONTIGUOUS != 0,
+            CONTIGUOUS,
+            "every entry of a contiguous set has the bit",
+        )?;
         let field = self.layout().field(self.shift(level));
         let begin = self.output(level, first);
-        require(
-            level,
+        EntryError::require(
+            number_of(level),
             first,
             begin & (set.bytes - 1) == 0,
             field,
             "a contiguous set begins at a multiple of its size",
         )?;
         let follows = self.output(level, raw) == begin + (u64::from(index) << self.shift(level));
-        require(level, raw, follows, field, "outputs of a contiguous set follow one another")?;
-        let attributes = !(field | ACCESS_FLAG | self.hardware_bits() | CLAIM);
-        refuse(
-            level,
+        EntryError::require(number_of(level), raw, follows, field, "outputs of a contiguous set follow one another")?;
+        let attributes = !(field | ACCESS_FLAG | self.facts() | CLAIM);
+        EntryError::refuse(
+            number_of(level),
             raw,
             (raw ^ first) & attributes,
             "entries of a contiguous set have the same attributes and rights",

@@ -22,9 +22,7 @@
 //! kernels, `KVM_INVALID_PTE_TYPE_LOCKED`: such an annotation. Earlier it was bit 10 alone, `KVM_INVALID_PTE_LOCKED`, which is the
 //! place of AF here, and reads as nothing.)
 
-use spte_core::format::Kind;
-
-use crate::bits::VALID;
+use spte_core::format::NotPresent;
 
 /// Bit 55 of a valid entry: somebody has claimed it, hardware goes on using it.
 pub const CLAIM: u64 = 1 << 55;
@@ -50,18 +48,7 @@ pub const DEAD: u64 = 0x6830_0000_0000_0000;
 const ANNOTATION: u64 = 0x5 << 60;
 const OWNER_SHIFT: u32 = 12;
 
-/// What an invalid `raw` is, bits in `ignored` left out.
-pub(crate) const fn nothing(raw: u64, ignored: u64) -> Option<Kind> {
-    if raw & VALID != 0 {
-        return None;
-    }
-    match raw & !(ignored | CLAIM) {
-        ABSENT => Some(Kind::Absent),
-        CLAIMED => Some(Kind::Claimed),
-        DEAD => Some(Kind::Dead),
-        _ => None,
-    }
-}
+pub(crate) const NOT_PRESENT: NotPresent = NotPresent { absent: ABSENT, claimed: CLAIMED, dead: DEAD };
 
 /// Who owns a page that is not mapped: an annotation in an invalid entry (Linux: `kvm_pgtable_stage2_set_owner`, by
 /// which pKVM remembers whom the host gave a page to).

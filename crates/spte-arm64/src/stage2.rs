@@ -6,7 +6,7 @@
 
 use notifier_core::{Access, OutputAddr};
 use spte_core::format::{
-    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, Touch, Transition, WriteProtect,
+    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, NotPresent, Touch, Transition, WriteProtect,
 };
 
 use crate::{
@@ -17,8 +17,8 @@ use crate::{
     },
     memtype::{Device, ExecuteAt, MemoryType, Shareability, Stage2Attrs},
     software::{
-        self, ABSENT, AccessedDirty, CLAIM, CLAIMED, DEAD, DIRTY_FACT, UPGRADABLE, USER, WITHHELD_EXECUTE,
-        WITHHELD_EXECUTE_SHIFT, WriteState,
+        AccessedDirty, CLAIM, DIRTY_FACT, NOT_PRESENT, UPGRADABLE, USER, WITHHELD_EXECUTE, WITHHELD_EXECUTE_SHIFT,
+        WriteState,
     },
     transition::{BreakLevel, View},
 };
@@ -327,6 +327,13 @@ impl Stage2 {
             _ => Transition::FREE,
         }
     }
+
+    /// AF, which ageing clears even where hardware does not set it; S2AP\[1\] where hardware records writes in it; and the
+    /// dirty fact, which stands in for it: two leaves that differ in these say the same but for facts. Hardware changes an
+    /// entry in one atomic step and only while it is valid, so that no fact comes after the entry was taken away.
+    pub(crate) fn facts(&self) -> u64 {
+        ACCESS_FLAG | DIRTY_FACT | if self.options.accessed_dirty.sets_dirty() { WRITE } else { 0 }
+    }
 }
 
 impl Format for Stage2 {
@@ -345,24 +352,15 @@ impl Format for Stage2 {
         bits::number_of(level)
     }
 
-    fn absent(&self) -> u64 {
-        ABSENT
-    }
-    fn claimed(&self) -> u64 {
-        CLAIMED
-    }
-    fn dead(&self) -> u64 {
-        DEAD
+    fn not_present(&self, _level: Level) -> NotPresent {
+        NOT_PRESENT
     }
     fn claim_bit(&self) -> u64 {
         CLAIM
     }
 
-    /// AF, which ageing clears even where hardware does not set it; S2AP\[1\] where hardware records writes in it; and the
-    /// dirty fact, which stands in for it: two leaves that differ in these say the same but for facts. Hardware changes an
-    /// entry in one atomic step and only while it is valid, so that no fact comes after the entry was taken away.
-    fn hardware_bits(&self) -> u64 {
-        ACCESS_FLAG | DIRTY_FACT | if self.options.accessed_dirty.sets_dirty() { WRITE } else { 0 }
+    fn hardware_bits(&self, _level: Level, _raw: u64) -> u64 {
+        self.facts()
     }
 
     /// By bit 0 first: an invalid entry is nothing, a claim, dead, or an annotation, whatever else is in it. The same
@@ -370,7 +368,7 @@ impl Format for Stage2 {
     /// followed.
     fn kind(&self, level: Level, raw: u64) -> Kind {
         if raw & VALID == 0 {
-            return software::nothing(raw, self.hardware_bits()).unwrap_or(Kind::Special);
+            return NOT_PRESENT.kind(raw, self.facts() | CLAIM).unwrap_or(Kind::Special);
         }
         match (level == Level::LEAF, raw & TYPE != 0) {
             (true, true) => Kind::Leaf,

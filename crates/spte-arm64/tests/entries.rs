@@ -8,7 +8,7 @@ use notifier_core::{Access, OutputAddr};
 use proptest::prelude::*;
 use spte_arm64::software::{ABSENT, CLAIM, CLAIMED, DEAD};
 use spte_arm64::*;
-use spte_core::format::{Format, FormatError, Kind, LeafSpec, Level, Touch, Transition, WriteProtect};
+use spte_core::format::{Format, FormatError, Kind, LeafSpec, Level, NotPresent, Touch, Transition, WriteProtect};
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..ProptestConfig::default() })]
@@ -174,7 +174,7 @@ proptest! {
                     prop_assert!(granted);
                     prop_assert!(format.is_young(level, after));
                     prop_assert!(!access.writable() || format.is_dirty(level, after));
-                    let hardware = format.hardware_bits();
+                    let hardware = format.hardware_bits(level, leaf);
                     prop_assert_eq!(after & !hardware, leaf & !hardware, "hardware writes nothing else");
                     prop_assert_eq!(format.transition(level, leaf, after), Transition::FREE);
                     prop_assert_eq!(format.check(level, after), Ok(()));
@@ -224,7 +224,7 @@ proptest! {
         prop_assert_eq!(Owner::from_raw(raw), Some(Owner(owner)));
         prop_assert_eq!(format.kind(level, raw), Kind::Special);
         prop_assert_eq!(format.check(level, raw), Ok(()));
-        prop_assert_eq!(format.hardware_kind(level, raw), HardwareKind::NotValid);
+        prop_assert_eq!(format.hardware_kind(level, raw), HardwareKind::NotPresent);
         prop_assert_eq!(format.transition(level, raw, 0), Transition::FREE);
     }
 }
@@ -245,14 +245,16 @@ fn three_values_survive_every_hardware_write() {
     let values = [(ABSENT, Kind::Absent), (CLAIMED, Kind::Claimed), (DEAD, Kind::Dead)];
     for accessed_dirty in [AccessedDirty::Software, AccessedDirty::HardwareAccessed, AccessedDirty::Hardware] {
         let format = stage2(Stage2Options { accessed_dirty, ..Stage2Options::default() });
-        assert_eq!([format.absent(), format.claimed(), format.dead()], [ABSENT, CLAIMED, DEAD]);
+        let expected = NotPresent { absent: ABSENT, claimed: CLAIMED, dead: DEAD };
+        assert_eq!(format.not_present(Level::LEAF), expected);
         for (value, kind) in values {
+            let facts = format.hardware_bits(Level::LEAF, value);
             for other in values.iter().filter(|other| other.0 != value) {
-                let apart = (value ^ other.0) & !format.hardware_bits() & !format.claim_bit();
+                let apart = (value ^ other.0) & !facts & !format.claim_bit();
                 assert!(apart.count_ones() >= 4, "{value:#x} is near {:#x}", other.0);
             }
-            assert_eq!(value & (format.hardware_bits() | format.claim_bit() | 1), 0);
-            for written in subsets(format.hardware_bits()) {
+            assert_eq!(value & (facts | format.claim_bit() | 1), 0);
+            for written in subsets(facts) {
                 for number in 0..=3 {
                     assert_eq!(format.kind(level(number), value | written), kind);
                     assert_eq!(format.check(level(number), value | written), Ok(()));
@@ -274,7 +276,7 @@ fn an_invalid_entry_is_never_interpreted() {
     for raw in [0x8000_17fe, 0x8000_0002, 0x0040_0000_0900_07c4, 0xffff_ffff_ffff_fffe] {
         for number in 1..=3 {
             assert_eq!(format.kind(level(number), raw), Kind::Special);
-            assert_eq!(format.hardware_kind(level(number), raw), HardwareKind::NotValid);
+            assert_eq!(format.hardware_kind(level(number), raw), HardwareKind::NotPresent);
         }
     }
     // Linux's own annotations: an owner in 9:2, the lock of break-before-make in 63:60.

@@ -20,7 +20,7 @@ use spte_arm64::*;
 use spte_core::{
     Entry, Flush, FlushError, FlushRequest, FoldError, Found, HarvestError, HeapPages, MapError, MapOptions, Mapped,
     PageSource, RemoveError, SplitError, Table, TableLayout, TableRangeError,
-    format::{Format, Kind, LeafSpec, Level},
+    format::{Format, Kind, LeafSpec, Level, NotPresent},
 };
 
 /// The Contiguous bit.
@@ -1168,20 +1168,14 @@ impl Format for Watched {
     fn level_number(&self, level: Level) -> i8 {
         self.0.level_number(level)
     }
-    fn absent(&self) -> u64 {
-        self.0.absent()
-    }
-    fn claimed(&self) -> u64 {
-        self.0.claimed()
-    }
-    fn dead(&self) -> u64 {
-        self.0.dead()
+    fn not_present(&self, level: Level) -> NotPresent {
+        self.0.not_present(level)
     }
     fn claim_bit(&self) -> u64 {
         self.0.claim_bit()
     }
-    fn hardware_bits(&self) -> u64 {
-        self.0.hardware_bits()
+    fn hardware_bits(&self, level: Level, raw: u64) -> u64 {
+        self.0.hardware_bits(level, raw)
     }
     fn kind(&self, level: Level, raw: u64) -> Kind {
         self.asked(raw);

@@ -5,7 +5,7 @@ mod common;
 
 use common::*;
 use spte_arm64::*;
-use spte_core::format::{Format, Transition};
+use spte_core::format::{Format, Level, Transition};
 
 const FREE: Transition = Transition::FREE;
 const FLUSH: Transition = Transition::FLUSH;
@@ -134,7 +134,7 @@ fn access_flag_and_software_bits_cost_nothing() {
 #[test]
 fn what_becomes_invalid_is_flushed_and_what_was_invalid_costs_nothing() {
     let format = software();
-    let invalid = [0, format.claimed(), format.dead(), Owner(7).to_raw()];
+    let invalid = [0, format.not_present(Level::LEAF).claimed, format.not_present(Level::LEAF).dead, Owner(7).to_raw()];
     for none in invalid {
         for (number, raw) in [(3, PAGE), (2, BLOCK), (2, LINK), (1, LINK)] {
             assert_eq!(format.transition(level(number), raw, none), FLUSH);

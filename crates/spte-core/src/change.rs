@@ -150,13 +150,13 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         // Again, for facts that came until the flush.
         let old = claim.take_away(format);
         // Not `publish` over the old leaf: its facts are reported, and belong to the old page.
-        claim.old = format.absent_at(cell.level);
+        claim.old = format.not_present(cell.level).absent;
         // That the guest page was used is the new page's too, also where hardware said so late.
         let young = format.is_young(cell.level, old);
         let repointed = if young { format.make_young(cell.level, repointed) } else { repointed };
         let (new, outcome) = match flushed {
             Ok(()) => (repointed, PageOutcome::Changed),
-            Err(_) => (format.absent_at(cell.level), PageOutcome::Zapped { found: None }),
+            Err(_) => (format.not_present(cell.level).absent, PageOutcome::Zapped { found: None }),
         };
         claim.publish(format, new);
         self.report_leaf(cell, old);
@@ -166,7 +166,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     /// Removes one leaf. `false`: it changed meanwhile, look again.
     fn zap_leaf(&self, cell: &Cell<'_>, raw: u64, batch: &mut Batch<'_, F, P, X>) -> bool {
         batch.owe();
-        if cell.replace(&self.format, raw, self.format.absent_at(cell.level)).is_err() {
+        if cell.replace(&self.format, raw, self.format.not_present(cell.level).absent).is_err() {
             return false;
         }
         batch.add(cell.start, cell.span, Some(cell.level), false);

@@ -124,7 +124,7 @@ impl<'p> Cell<'p> {
         let raw = format.raw_of(self.own.load());
         match self.mirror {
             Some(mirror) if format.kind(self.level, raw) == Kind::Leaf => {
-                raw | (format.raw_of(mirror.load()) & format.hardware_bits())
+                raw | (format.raw_of(mirror.load()) & format.hardware_bits(self.level, raw))
             }
             _ => raw,
         }
@@ -141,7 +141,7 @@ impl<'p> Cell<'p> {
         };
         // `old` may have facts that only the mirror has: the kept entry is compared without regard to them.
         let kept = format.raw_of(self.own.load());
-        let facts = format.hardware_bits();
+        let facts = format.hardware_bits(self.level, old);
         if (kept ^ old) & !facts != 0 {
             return Err(self.load(format));
         }
@@ -169,10 +169,10 @@ impl<'p> Cell<'p> {
             Some(_) => format.raw_of(self.own.load()),
             None => old,
         };
-        if (kept ^ old) & !format.hardware_bits() != 0 {
+        if (kept ^ old) & !format.hardware_bits(self.level, old) != 0 {
             return None;
         }
-        let claimed = if soft { kept | format.claim_bit() } else { format.claimed_at(self.level) };
+        let claimed = if soft { kept | format.claim_bit() } else { format.not_present(self.level).claimed };
         let exchanged = self.own.compare_exchange(format.memory_of(kept), format.memory_of(claimed));
         exchanged.ok().map(|_| Claim { cell: *self, old })
     }
@@ -181,10 +181,10 @@ impl<'p> Cell<'p> {
     #[must_use]
     pub(crate) fn claim_broken<F: Format>(&self, format: &F, old: u64) -> Option<Claim<'p>> {
         let exchanged =
-            self.own.compare_exchange(format.memory_of(old), format.memory_of(format.claimed_at(self.level)));
+            self.own.compare_exchange(format.memory_of(old), format.memory_of(format.not_present(self.level).claimed));
         exchanged.ok()?;
         if let Some(mirror) = self.mirror {
-            mirror.store(format.memory_of(format.absent_at(self.level)));
+            mirror.store(format.memory_of(format.not_present(self.level).absent));
         }
         Some(Claim { cell: *self, old })
     }
@@ -197,16 +197,17 @@ impl<'p> Cell<'p> {
         let leaf = format.kind(self.level, old) == Kind::Leaf;
         // With a mirror, `old` may have facts that the kept entry does not have.
         let kept = format.raw_of(self.own.load());
-        if (kept ^ old) & !format.hardware_bits() != 0 {
+        if (kept ^ old) & !format.hardware_bits(self.level, old) != 0 {
             return Err(kept);
         }
-        let exchanged = self.own.compare_exchange(format.memory_of(kept), format.memory_of(format.dead_at(self.level)));
+        let exchanged =
+            self.own.compare_exchange(format.memory_of(kept), format.memory_of(format.not_present(self.level).dead));
         let mut was = exchanged.map(|_| kept).map_err(|found| format.raw_of(found))?;
         // Once the kept entry is DEAD nobody else writes the mirror, but for hardware and the guest.
         if let Some(mirror) = self.mirror {
-            let seen = format.raw_of(mirror.swap(format.memory_of(format.absent_at(self.level))));
+            let seen = format.raw_of(mirror.swap(format.memory_of(format.not_present(self.level).absent)));
             if leaf {
-                was |= seen & format.hardware_bits();
+                was |= seen & format.hardware_bits(self.level, old);
             }
         }
         Ok(was)
@@ -215,10 +216,11 @@ impl<'p> Cell<'p> {
     /// Makes a DEAD entry absent again: the table it lies in stays linked after all.
     pub(crate) fn revive<F: Format>(&self, format: &F) {
         let mut found = self.own.load();
+        let late = format.hardware_bits(self.level, format.not_present(self.level).dead);
         loop {
             // Facts that hardware writes late stay.
-            let facts = format.raw_of(found) & format.hardware_bits();
-            match self.own.compare_exchange(found, format.memory_of(format.absent_at(self.level) | facts)) {
+            let facts = format.raw_of(found) & late;
+            match self.own.compare_exchange(found, format.memory_of(format.not_present(self.level).absent | facts)) {
                 Ok(_) => return,
                 Err(other) => found = other,
             }
@@ -242,10 +244,11 @@ impl Claim<'_> {
         let Cell { own, mirror, level, .. } = self.cell;
         let was_leaf = format.kind(level, self.old) == Kind::Leaf;
         let is_leaf = format.kind(level, new) == Kind::Leaf;
+        let written = format.hardware_bits(level, self.old);
         let mut found = format.raw_of(own.load());
         loop {
             // Only facts can have changed under a claim.
-            let old = self.old | (found & format.hardware_bits());
+            let old = self.old | (found & written);
             let mut full = match (was_leaf && is_leaf, format.kind(level, new)) {
                 (true, _) => format.merge_facts(level, new, level, old),
                 // Given back as absent: facts that come late stay until they are collected.
@@ -256,12 +259,12 @@ impl Claim<'_> {
             if let Some(mirror) = mirror {
                 // The mirror is what hardware reads: it comes first, and the kept entry, for which windows wait, last. One
                 // exchange, whatever a guest writes there meanwhile.
-                let facts = format.raw_of(mirror.swap(format.memory_of(full))) & format.hardware_bits();
+                let facts = format.raw_of(mirror.swap(format.memory_of(full))) & written;
                 if was_leaf {
                     full_old = old | facts;
                     if is_leaf {
                         full = format.merge_facts(level, new, level, full_old);
-                        mirror.set(format.memory_of(full & format.hardware_bits()));
+                        mirror.set(format.memory_of(full & format.hardware_bits(level, full)));
                     }
                 }
             }
@@ -288,9 +291,10 @@ impl Claim<'_> {
     /// old value with its facts.
     pub(crate) fn take_away<F: Format>(&mut self, format: &F) -> u64 {
         let Cell { own, mirror, level, .. } = self.cell;
-        let mut facts = format.raw_of(own.swap(format.memory_of(format.claimed_at(level)))) & format.hardware_bits();
+        let written = format.hardware_bits(level, self.old);
+        let mut facts = format.raw_of(own.swap(format.memory_of(format.not_present(level).claimed))) & written;
         if let Some(mirror) = mirror {
-            facts |= format.raw_of(mirror.swap(format.memory_of(format.absent_at(level)))) & format.hardware_bits();
+            facts |= format.raw_of(mirror.swap(format.memory_of(format.not_present(level).absent))) & written;
         }
         if format.kind(self.cell.level, self.old) == Kind::Leaf {
             self.old |= facts;
@@ -303,5 +307,124 @@ impl Claim<'_> {
         let old = self.old;
         // For a leaf the facts that came meanwhile are added.
         let _ = self.publish(format, old);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use notifier_core::{Access, OutputAddr};
+
+    use super::*;
+    use crate::format::{
+        EntryError, FormatError, Geometry, LeafSpec, LevelShape, NotPresent, Touch, Transition, WriteProtect,
+    };
+
+    const PRESENT: u64 = 1;
+    const LEAF: u64 = 2;
+    /// Of leaves. In links it is an address bit: their tables have 256 bytes.
+    const FACT: u64 = 0x100;
+
+    /// As much of a format as a cell asks for.
+    struct SmallTables(Geometry);
+
+    impl Format for SmallTables {
+        type Attrs = ();
+        fn name(&self) -> &'static str {
+            "small-tables"
+        }
+        fn geometry(&self) -> &Geometry {
+            &self.0
+        }
+        fn not_present(&self, _: Level) -> NotPresent {
+            NotPresent { absent: 0, claimed: 1 << 60, dead: 1 << 61 }
+        }
+        fn claim_bit(&self) -> u64 {
+            0
+        }
+        fn hardware_bits(&self, _: Level, raw: u64) -> u64 {
+            if raw & (PRESENT | LEAF) == PRESENT { 0 } else { FACT }
+        }
+        fn kind(&self, level: Level, raw: u64) -> Kind {
+            match (raw & PRESENT != 0, raw & LEAF != 0) {
+                (true, true) => Kind::Leaf,
+                (true, false) => Kind::Table(OutputAddr::new(raw & !0xff)),
+                (false, _) => self.not_present(level).kind(raw, FACT).unwrap_or(Kind::Special),
+            }
+        }
+        fn table(&self, _: Level, _: OutputAddr) -> Result<u64, FormatError> {
+            unreachable!()
+        }
+        fn leaf(&self, _: Level, _: &LeafSpec<()>) -> Result<u64, FormatError> {
+            unreachable!()
+        }
+        fn spec(&self, _: Level, _: u64) -> LeafSpec<()> {
+            unreachable!()
+        }
+        fn set_spte(&self, _: Level, _: u64, _: OutputAddr) -> Result<u64, FormatError> {
+            unreachable!()
+        }
+        fn with_access(&self, _: Level, _: u64, _: Access) -> Result<u64, FormatError> {
+            unreachable!()
+        }
+        fn write_protect(&self, _: Level, _: u64, _: WriteProtect) -> u64 {
+            unreachable!()
+        }
+        fn upgrade(&self, _: Level, _: u64) -> Option<u64> {
+            unreachable!()
+        }
+        fn is_young(&self, _: Level, _: u64) -> bool {
+            unreachable!()
+        }
+        fn make_old(&self, _: Level, _: u64) -> u64 {
+            unreachable!()
+        }
+        fn make_young(&self, _: Level, _: u64) -> u64 {
+            unreachable!()
+        }
+        fn is_dirty(&self, _: Level, _: u64) -> bool {
+            unreachable!()
+        }
+        fn make_clean(&self, _: Level, _: u64) -> u64 {
+            unreachable!()
+        }
+        fn touch(&self, _: Level, _: u64, _: Access) -> Touch {
+            unreachable!()
+        }
+        fn split(&self, _: Level, _: u64, _: usize) -> u64 {
+            unreachable!()
+        }
+        fn collapse(&self, _: Level, _: u64) -> Option<u64> {
+            unreachable!()
+        }
+        fn merge_facts(&self, _: Level, into: u64, _: Level, from: u64) -> u64 {
+            into | (from & FACT)
+        }
+        fn transition(&self, _: Level, _: u64, _: u64) -> Transition {
+            unreachable!()
+        }
+        fn check(&self, _: Level, _: u64) -> Result<(), EntryError> {
+            unreachable!()
+        }
+    }
+
+    #[test]
+    fn links_that_differ_in_what_is_a_fact_of_leaves_are_two_links() {
+        let shape = [LevelShape { shift: 16, bits: 5, leaf: true }, LevelShape { shift: 21, bits: 9, leaf: true }];
+        let format = SmallTables(Geometry::new(&shape).unwrap());
+        let level = Level::new(2).unwrap();
+        let (seen, there) = (0x7000 | PRESENT, 0x7100 | PRESENT);
+        let (own, other) = (Entry::new(there), Entry::new(there));
+        for mirror in [None, Some(&other)] {
+            let cell = Cell { own: &own, mirror, level, start: 0, span: 1 << 21 };
+            assert!(cell.claim(&format, seen).is_none());
+            assert_eq!(cell.kill(&format, seen), Err(there));
+            assert_eq!(cell.replace(&format, seen, 0), Err(there));
+            assert_eq!((own.load(), other.load()), (there, there));
+        }
+        // Between leaves it is a fact, and one that came meanwhile stops nobody who has a mirror.
+        let (seen, kept) = (0x7000 | LEAF | PRESENT | FACT, 0x7000 | LEAF | PRESENT);
+        let (own, other) = (Entry::new(kept), Entry::new(seen));
+        let cell = Cell { own: &own, mirror: Some(&other), level, start: 0, span: 1 << 21 };
+        assert_eq!(cell.kill(&format, seen), Ok(seen));
     }
 }

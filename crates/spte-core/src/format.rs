@@ -9,9 +9,9 @@
 //!   [`Format::raw_of`].
 //! - **Levels** count up from [`Level::LEAF`], the level of the smallest pages. The architecture's own number is
 //!   [`Format::level_number`].
-//! - **Three values are not present and hold no data**: [`Format::absent`], [`Format::claimed`] and
-//!   [`Format::dead`]. No sequence of writes to [`Format::hardware_bits`] turns one of the three into another or into
-//!   anything present; [`Format::kind`] reads them under that mask. None of the three has one of these bits set.
+//! - **Three values are not present and hold no data**: those of [`Format::not_present`]. No sequence of writes to
+//!   [`Format::hardware_bits`] turns one of the three into another or into anything present; [`Format::kind`] reads them
+//!   under that mask. None of the three has one of these bits set.
 //! - **Special** entries are not present (hardware follows none that [`Format::check`] passes) but hold data (MMIO markers, owner annotations). The engine leaves them alone
 //!   but for removing them when their range is unmapped.
 //! - **A present entry can be claimed without being taken away** when the format has a software bit to spare
@@ -169,6 +169,33 @@ pub enum Kind {
     Leaf,
 }
 
+/// The three values of an entry that is not present and holds no data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NotPresent {
+    /// Nothing is here.
+    pub absent: u64,
+    /// Somebody is deciding what goes here.
+    pub claimed: u64,
+    /// The table that the entry lies in was unlinked.
+    pub dead: u64,
+}
+
+impl NotPresent {
+    /// Which of the three `raw` is, bits in `ignored` left out; `None` if it is none of them.
+    pub const fn kind(&self, raw: u64, ignored: u64) -> Option<Kind> {
+        let raw = raw & !ignored;
+        if raw == self.absent {
+            Some(Kind::Absent)
+        } else if raw == self.claimed {
+            Some(Kind::Claimed)
+        } else if raw == self.dead {
+            Some(Kind::Dead)
+        } else {
+            None
+        }
+    }
+}
+
 /// Everything the engine may want to say or know about a leaf.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LeafSpec<A> {
@@ -307,32 +334,14 @@ pub trait Format: Send + Sync + 'static {
         level.get() as i8
     }
 
-    /// The value of an entry that holds nothing.
-    fn absent(&self) -> u64;
-    /// The value of a claimed entry that is not present.
-    fn claimed(&self) -> u64;
-    /// The value of every entry of an unlinked table.
-    fn dead(&self) -> u64;
-    /// [`Format::absent`] as it is at `level`: where walkers follow every entry of a directory without asking whether it is
-    /// one, even nothing has to lead somewhere. The contract for the three values holds at each level.
-    fn absent_at(&self, level: Level) -> u64 {
-        let _ = level;
-        self.absent()
-    }
-    /// [`Format::claimed`] as it is at `level`.
-    fn claimed_at(&self, level: Level) -> u64 {
-        let _ = level;
-        self.claimed()
-    }
-    /// [`Format::dead`] as it is at `level`.
-    fn dead_at(&self, level: Level) -> u64 {
-        let _ = level;
-        self.dead()
-    }
+    /// The values at `level` of entries that hold nothing. They differ from level to level where walkers follow every entry
+    /// of a directory without asking whether it is one, so that even nothing has to lead somewhere.
+    fn not_present(&self, level: Level) -> NotPresent;
     /// A software bit of *present* entries (links and leaves) that marks a claim; 0 where the format has none.
     fn claim_bit(&self) -> u64;
-    /// The bits that hardware, or ageing, may write at any time.
-    fn hardware_bits(&self) -> u64;
+    /// The bits that hardware, or ageing, may write at any time into `raw` at `level`. Writing them does not change what they
+    /// are. A bit that is a fact in a leaf and part of the address in a link is none of a link's.
+    fn hardware_bits(&self, level: Level, raw: u64) -> u64;
 
     /// What `raw` is at `level`. [`Format::claim_bit`] is ignored: a claimed leaf is a leaf.
     fn kind(&self, level: Level, raw: u64) -> Kind;

@@ -46,14 +46,12 @@
 //! #         type Attrs = ();
 //! #         fn name(&self) -> &'static str { "toy" }
 //! #         fn geometry(&self) -> &Geometry { &self.0 }
-//! #         fn absent(&self) -> u64 { 0 }
-//! #         fn claimed(&self) -> u64 { 1 << 60 }
-//! #         fn dead(&self) -> u64 { 1 << 61 }
+//! #         fn not_present(&self, _: Level) -> NotPresent { NotPresent { absent: 0, claimed: 1 << 60, dead: 1 << 61 } }
 //! #         fn claim_bit(&self) -> u64 { 1 << 62 }
-//! #         fn hardware_bits(&self) -> u64 { DIRTY }
+//! #         fn hardware_bits(&self, _: Level, _: u64) -> u64 { DIRTY }
 //! #         fn kind(&self, _: Level, raw: u64) -> Kind {
 //! #             if raw & PRESENT != 0 { return Kind::Leaf }
-//! #             match raw & !DIRTY { 0 => Kind::Absent, 0x1000_0000_0000_0000 => Kind::Claimed, _ => Kind::Dead }
+//! #             self.not_present(Level::LEAF).kind(raw, DIRTY).unwrap_or(Kind::Special)
 //! #         }
 //! #         fn table(&self, _: Level, _: OutputAddr) -> Result<u64, FormatError> {
 //! #             Err(FormatError::NoLeaf { number: 1 })
@@ -178,6 +176,7 @@ pub mod format;
 mod heap;
 mod map;
 mod pages;
+pub mod raw;
 mod remove;
 pub mod sets;
 mod shape;

@@ -579,7 +579,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let old = claim.take_away(format);
         batch.add(cell.start, cell.span, Some(cell.level), false);
         if let Err(source) = batch.finish(false) {
-            claim.publish(format, format.absent_at(cell.level));
+            claim.publish(format, format.not_present(cell.level).absent);
             self.report_leaf(cell, old);
             return Err(MapError::Flush { at, source });
         }

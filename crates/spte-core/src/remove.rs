@@ -264,7 +264,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                         continue;
                     }
                     batch.owe();
-                    if cell.replace(format, raw, format.absent_at(cell.level)).is_err() {
+                    if cell.replace(format, raw, format.not_present(cell.level).absent).is_err() {
                         continue;
                     }
                     removed.leaves += 1;
@@ -275,7 +275,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                         batch.fact(&cell);
                     }
                 }
-                View::Special if cell.replace(format, raw, format.absent_at(cell.level)).is_err() => continue,
+                View::Special if cell.replace(format, raw, format.not_present(cell.level).absent).is_err() => continue,
                 _ => {}
             }
             cursor.pass(&cell);
@@ -326,12 +326,12 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     pub(crate) fn late_bits(&self, level: Level, raw: u64) -> u64 {
         let format = &self.format;
         let bare = match format.kind(level, raw) {
-            Kind::Absent => format.absent_at(level),
-            Kind::Dead => format.dead_at(level),
+            Kind::Absent => format.not_present(level).absent,
+            Kind::Dead => format.not_present(level).dead,
             Kind::Table(child) => format.table(level, child).unwrap_or(raw),
             Kind::Special | Kind::Claimed | Kind::Leaf => raw,
         };
-        (raw ^ bare) & raw & format.hardware_bits()
+        (raw ^ bare) & raw & format.hardware_bits(level, raw)
     }
 
     /// Reports and clears facts that hardware left in entries of `range` that are no leaves any more. Waits for nothing:

@@ -172,7 +172,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         for mut claim in claims {
             let leaf = format.unmarked(set.level(), claim.old);
             if flushed.is_err() {
-                claim.publish(format, format.absent_at(set.level()));
+                claim.publish(format, format.not_present(set.level()).absent);
             } else if broken(Twin::DissolveForgetsFacts) {
                 claim.publish(format, leaf);
             } else {
@@ -207,7 +207,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         };
         removed.leaves = claims.len() as u64;
         for claim in claims {
-            claim.publish(format, format.absent_at(set.level()));
+            claim.publish(format, format.not_present(set.level()).absent);
         }
         batch.add(set.start, set.span, Some(set.level()), false);
         if format.is_young(set.level(), facts) {
@@ -305,7 +305,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             return false;
         }
         let member = format.set_member(level, first, index);
-        member.is_some_and(|member| (format.unmarked(level, member) ^ raw) & !format.hardware_bits() == 0)
+        member.is_some_and(|member| (format.unmarked(level, member) ^ raw) & !format.hardware_bits(level, raw) == 0)
     }
 
     /// Folds the leaves from `cell`, whose value is `raw`, to the end of its set, if they are alike. Whether it did.
@@ -359,7 +359,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                     claim.old = format.merge_facts(level, claim.old, level, facts);
                     claim.publish(format, member)
                 }
-                _ => claim.publish(format, format.absent_at(level)),
+                _ => claim.publish(format, format.not_present(level).absent),
             };
         }
         if let Err(source) = flushed {

@@ -229,7 +229,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         // Again, for facts that came until the flush.
         let old = claim.take_away(format);
         if let Err(error) = flushed {
-            claim.publish(format, format.absent_at(cell.level));
+            claim.publish(format, format.not_present(cell.level).absent);
             self.report_leaf(cell, old);
             return Err(CannotSplit::Flush(error));
         }
@@ -308,7 +308,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         };
         let Some(claim) = claim else { return Unlinked::LookAgain };
         if forgets(Twin::UnlinkLeavesChildren) {
-            claim.publish(format, format.absent_at(cell.level));
+            claim.publish(format, format.not_present(cell.level).absent);
             batch.add(cell.start, cell.span, None, true);
             batch.unlink(page, &node);
             return Unlinked::Gone;
@@ -351,7 +351,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 }
             }
         }
-        claim.publish(format, format.absent_at(cell.level));
+        claim.publish(format, format.not_present(cell.level).absent);
         batch.add(cell.start, cell.span, leaves, true);
         batch.unlink(page, &node);
         facts.iter().for_each(|index| batch.fact(&node.cell(index)));
@@ -411,8 +411,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
 
     /// Whether `raw`, the `index`-th child, is what splitting `merged` would make it, facts aside.
     fn is_part(&self, level: Level, merged: u64, index: usize, raw: u64) -> bool {
-        let ignored = self.format.hardware_bits() | self.format.claim_bit();
         let Some(below) = level.below() else { return false };
+        let ignored = self.format.hardware_bits(below, raw) | self.format.claim_bit();
         let raw = if self.format.kind(below, raw) == Kind::Leaf { self.format.unmarked(below, raw) } else { raw };
         (self.format.split(level, merged, index) ^ raw) & !ignored == 0
     }
@@ -502,7 +502,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         // Hardware and walkers use the leaf from here on; a window that comes now waits until its facts are complete.
         claim.show(format, leaf);
         for claimed in claims {
-            let was = claimed.publish(format, format.dead_at(below));
+            let was = claimed.publish(format, format.not_present(below).dead);
             if !forgets(Twin::CollapseForgetsFacts) {
                 leaf = format.merge_facts(level, leaf, below, was);
             }
@@ -535,7 +535,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         }
         let mut leaf = whole;
         for claimed in claims {
-            let was = claimed.publish(format, format.dead_at(below));
+            let was = claimed.publish(format, format.not_present(below).dead);
             if !forgets(Twin::CollapseForgetsFacts) {
                 leaf = format.merge_facts(level, leaf, below, was);
             }
@@ -551,12 +551,12 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             leaf = format.merge_facts(level, leaf, below, format.split(level, whole, 0) | late);
         }
         if let Err(source) = flushed {
-            claim.publish(format, format.absent_at(cell.level));
+            claim.publish(format, format.not_present(cell.level).absent);
             self.report_leaf(&cell, leaf);
             return Err(CollapseError::Flush { source, absent: Some(span) });
         }
         if let Err(refused) = self.admitted(admission, span) {
-            claim.publish(format, format.absent_at(cell.level));
+            claim.publish(format, format.not_present(cell.level).absent);
             self.report_leaf(&cell, leaf);
             return self.collapse_refused(admission, refused, span, Some(span)).map(|()| false);
         }

@@ -159,8 +159,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         if page % leaf != 0 {
             return Err(TableError::PageSize { leaf, page });
         }
-        let root =
-            pages.alloc(layout(&geometry, geometry.top()), format.memory_of(format.absent_at(geometry.top())))?;
+        let root = pages
+            .alloc(layout(&geometry, geometry.top()), format.memory_of(format.not_present(geometry.top()).absent))?;
         Ok(Arc::new(Self {
             space: space.clone(),
             format,
@@ -288,7 +288,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     /// A page of one's own, not linked anywhere.
     pub(crate) fn private(&self, level: Level) -> Result<Private<'_, F, P, X>, OutOfPages> {
         let layout = self.layout(level);
-        let page = self.pages.alloc(layout, self.format.memory_of(self.format.absent_at(level)))?;
+        let page = self.pages.alloc(layout, self.format.memory_of(self.format.not_present(level).absent))?;
         Ok(Private { table: self, pages: alloc::vec![(page, level)] })
     }
 
@@ -405,7 +405,8 @@ impl<F: Format, P: PageSource, X: Flush> Private<'_, F, P, X> {
             return Err(FormatError::NoLeaf { number }.into());
         };
         let table = self.table;
-        let page = table.pages.alloc(table.layout(below), table.format.memory_of(table.format.absent_at(below)))?;
+        let page =
+            table.pages.alloc(table.layout(below), table.format.memory_of(table.format.not_present(below).absent))?;
         self.pages.push((page, below));
         fill(&table.format, cell, table.format.table(cell.level, page)?);
         // SAFETY: as for `detached_node`.

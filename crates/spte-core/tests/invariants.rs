@@ -97,7 +97,7 @@ impl Hardware {
                     if late {
                         std::thread::yield_now();
                         let mut found = entry.load();
-                        let facts = format.memory_of(new & format.hardware_bits());
+                        let facts = format.memory_of(new & format.hardware_bits(level, new));
                         while let Err(other) = entry.compare_exchange(found, found | facts) {
                             found = other;
                         }

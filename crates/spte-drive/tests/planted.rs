@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 use spte_core::format::{
-    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, Touch, Transition, WriteProtect,
+    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, NotPresent, Touch, Transition, WriteProtect,
 };
 use spte_drive::{DriveError, Driven, Why, Wrong, agree, agree_in_want};
 use spte_model::{MemType, Outcome, Shape};
@@ -65,20 +65,14 @@ impl Format for Broken {
     fn level_number(&self, level: Level) -> i8 {
         self.0.level_number(level)
     }
-    fn absent(&self) -> u64 {
-        self.0.absent()
-    }
-    fn claimed(&self) -> u64 {
-        self.0.claimed()
-    }
-    fn dead(&self) -> u64 {
-        self.0.dead()
+    fn not_present(&self, level: Level) -> NotPresent {
+        self.0.not_present(level)
     }
     fn claim_bit(&self) -> u64 {
         self.0.claim_bit()
     }
-    fn hardware_bits(&self) -> u64 {
-        self.0.hardware_bits()
+    fn hardware_bits(&self, level: Level, raw: u64) -> u64 {
+        self.0.hardware_bits(level, raw)
     }
     fn kind(&self, level: Level, raw: u64) -> Kind {
         self.0.kind(level, raw)

@@ -16,6 +16,7 @@
 //! shift, also by QEMU, `target/mips/tcg/sysemu/tlb_helper.c` (`get_tlb_entry_layout`).
 
 use spte_core::format::{Geometry, LevelShape};
+pub use spte_core::raw::bit_range;
 
 /// Bit 0: there is a page. Software's; hardware goes by V.
 pub const PRESENT: u64 = 1 << 0;
@@ -25,11 +26,6 @@ pub const WRITE: u64 = 1 << 1;
 pub const ACCESSED: u64 = 1 << 2;
 /// Bit 3: written since it was last cleaned. Software's.
 pub const MODIFIED: u64 = 1 << 3;
-
-/// Bits `low` to `high`, both included. `low <= high <= 63`; anything else gives no bits.
-pub const fn bit_range(high: u32, low: u32) -> u64 {
-    if high > 63 || low > high { 0 } else { (u64::MAX >> (63 - high)) & (u64::MAX << low) }
-}
 
 /// Where everything above bit 3 begins: what the kernel that reads the table was configured with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]

@@ -12,45 +12,23 @@
 
 use notifier_core::OutputAddr;
 use spte_core::format::{EntryError, Format, Kind, Level};
+pub use spte_core::raw::HardwareKind;
 
 use crate::{
     bits::{self, ACCESSED, MODIFIED, PRESENT, WRITE, bit_range},
     gpa::{ByteOrder, GpaTable},
 };
 
-/// What an entry is to handlers and walker, whoever wrote it. [`Kind`] is what it is to this crate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HardwareKind {
-    /// No page (neither PRESENT nor V), or a directory's entry that leads to a [sentinel](crate::Sentinels).
-    NotValid,
-    /// Nothing good can come of it, for this reason.
-    Impossible(EntryError),
-    /// A link to the table at this physical address.
-    Table(OutputAddr),
-    /// A page, old (V clear) or not.
-    Leaf,
-}
-
 impl<O: ByteOrder> GpaTable<O> {
-    /// Refuses the entry for those of `wrong` bits that are set.
-    fn refuse(&self, level: Level, raw: u64, wrong: u64, rule: &'static str) -> Result<(), EntryError> {
-        if wrong == 0 { Ok(()) } else { Err(EntryError { raw, number: self.level_number(level), rule, bits: wrong }) }
-    }
-
-    /// Refuses the entry, naming `bits`, unless `holds`.
-    fn require(&self, level: Level, raw: u64, holds: bool, bits: u64, rule: &'static str) -> Result<(), EntryError> {
-        if holds { Ok(()) } else { Err(EntryError { raw, number: self.level_number(level), rule, bits }) }
-    }
-
     /// What `raw` is at `level` to whoever walks the table.
     pub fn hardware_kind(&self, level: Level, raw: u64) -> HardwareKind {
         let nothing = if level == Level::LEAF {
             raw & (PRESENT | self.layout().valid()) == 0
         } else {
-            self.sentinels().kind(level, raw).is_some()
+            self.not_present(level).kind(raw, 0).is_some()
         };
         if nothing {
-            return HardwareKind::NotValid;
+            return HardwareKind::NotPresent;
         }
         match (self.check_hardware(level, raw), bits::unmapped(raw)) {
             (Err(why), _) => HardwareKind::Impossible(why),
@@ -65,18 +43,29 @@ impl<O: ByteOrder> GpaTable<O> {
     /// The rule that the entry breaks.
     pub fn check_hardware(&self, level: Level, raw: u64) -> Result<(), EntryError> {
         let width = self.options().physical_bits;
-        self.require(level, raw, level <= self.geometry().top(), u64::MAX, "the table has no such level")?;
+        EntryError::require(
+            self.level_number(level),
+            raw,
+            level <= self.geometry().top(),
+            u64::MAX,
+            "the table has no such level",
+        )?;
         if level > Level::LEAF {
             let rule = "an empty entry of a directory leads to a sentinel: zero would be followed too";
-            self.require(level, raw, raw != 0, u64::MAX, rule)?;
+            EntryError::require(self.level_number(level), raw, raw != 0, u64::MAX, rule)?;
             let rule = "a link is an address of an unmapped segment";
             let Some(table) = bits::unmapped(raw) else {
-                return self.require(level, raw, false, bit_range(63, 59), rule);
+                return EntryError::require(self.level_number(level), raw, false, bit_range(63, 59), rule);
             };
             let wide = table & !bit_range(u32::from(width) - 1, 0);
-            self.refuse(level, raw, wide, "address bits above the physical address width (an address error)")?;
+            EntryError::refuse(
+                self.level_number(level),
+                raw,
+                wide,
+                "address bits above the physical address width (an address error)",
+            )?;
             let low = raw & bit_range(u32::from(self.shift()) - 1, 0);
-            return self.refuse(level, raw, low, "a table is aligned to its page");
+            return EntryError::refuse(self.level_number(level), raw, low, "a table is aligned to its page");
         }
         let layout = self.layout();
         if raw & (PRESENT | layout.valid()) == 0 {
@@ -85,17 +74,22 @@ impl<O: ByteOrder> GpaTable<O> {
         let begin = layout.cache_shift() + 3;
         let end = self.frame().trailing_zeros();
         let below = if end > begin { raw & bit_range(end - 1, begin) } else { 0 };
-        self.refuse(level, raw, below, "frame bits below the page size are zero")?;
+        EntryError::refuse(self.level_number(level), raw, below, "frame bits below the page size are zero")?;
         let above = raw & !bit_range(63 - self.frame().leading_zeros(), 0);
-        self.refuse(level, raw, above, "address bits above the physical address width, which EntryLo does not keep")
+        EntryError::refuse(
+            self.level_number(level),
+            raw,
+            above,
+            "address bits above the physical address width, which EntryLo does not keep",
+        )
     }
 
     pub(crate) fn check_entry(&self, level: Level, raw: u64) -> Result<(), EntryError> {
         if level <= self.geometry().top() {
             match self.kind(level, raw) {
                 Kind::Absent | Kind::Claimed | Kind::Dead => {
-                    let stray = raw & self.hardware_bits();
-                    return self.refuse(level, raw, stray, "what holds nothing has no facts");
+                    let stray = raw & self.facts();
+                    return EntryError::refuse(self.level_number(level), raw, stray, "what holds nothing has no facts");
                 }
                 Kind::Special | Kind::Table(_) | Kind::Leaf => {}
             }
@@ -105,23 +99,50 @@ impl<O: ByteOrder> GpaTable<O> {
             let ours = matches!(self.kind(level, raw), Kind::Table(_));
             let rule =
                 "a link of this crate is an address in xkphys, with the tables' cache attribute, and no sentinel's";
-            return self.require(level, raw, ours, u64::MAX, rule);
+            return EntryError::require(self.level_number(level), raw, ours, u64::MAX, rule);
         }
         let layout = self.layout();
         let (valid, dirty) = (layout.valid(), layout.dirty());
         if raw & PRESENT == 0 {
-            return self.refuse(level, raw, raw & valid, "V without PRESENT: hardware would load what nobody mapped");
+            return EntryError::refuse(
+                self.level_number(level),
+                raw,
+                raw & valid,
+                "V without PRESENT: hardware would load what nobody mapped",
+            );
         }
-        self.refuse(level, raw, raw & layout.huge(), "no leaf of a GPA table is huge")?;
-        self.refuse(level, raw, raw & layout.global(), "guest physical addresses are not global")?;
+        EntryError::refuse(self.level_number(level), raw, raw & layout.huge(), "no leaf of a GPA table is huge")?;
+        EntryError::refuse(
+            self.level_number(level),
+            raw,
+            raw & layout.global(),
+            "guest physical addresses are not global",
+        )?;
         let same = (raw & ACCESSED != 0) == (raw & valid != 0);
-        self.require(level, raw, same, ACCESSED | valid, "V is set where ACCESSED is, and nowhere else")?;
+        EntryError::require(
+            self.level_number(level),
+            raw,
+            same,
+            ACCESSED | valid,
+            "V is set where ACCESSED is, and nowhere else",
+        )?;
         let tracked = raw & dirty == 0 || raw & (WRITE | MODIFIED) == WRITE | MODIFIED;
-        self.require(level, raw, tracked, dirty, "D needs WRITE and MODIFIED")?;
+        EntryError::require(self.level_number(level), raw, tracked, dirty, "D needs WRITE and MODIFIED")?;
         if !self.options().rixi {
             let read = layout.read_inhibit();
-            self.require(level, raw, raw & read != 0, read, "without RI and XI every leaf has READ")?;
-            self.refuse(level, raw, raw & layout.execute_inhibit(), "without RI and XI there is no XI")?;
+            EntryError::require(
+                self.level_number(level),
+                raw,
+                raw & read != 0,
+                read,
+                "without RI and XI every leaf has READ",
+            )?;
+            EntryError::refuse(
+                self.level_number(level),
+                raw,
+                raw & layout.execute_inhibit(),
+                "without RI and XI there is no XI",
+            )?;
         }
         Ok(())
     }

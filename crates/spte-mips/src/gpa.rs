@@ -8,15 +8,16 @@ use core::{fmt, marker::PhantomData};
 
 use notifier_core::{Access, OutputAddr};
 use spte_core::format::{
-    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, Touch, Transition, WriteProtect,
+    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, NotPresent, Touch, Transition, WriteProtect,
 };
+use spte_core::raw::check_output;
 
 use crate::{
     bits::{
         self, ACCESSED, MODIFIED, PRESENT, PageSize, PteLayout, WRITE, Width, XKPHYS, XKPHYS_CACHE_SHIFT, bit_range,
     },
     memtype::{Cache, GpaAttrs},
-    software::{self, Sentinels, WriteState},
+    software::{Sentinels, WriteState},
     transition::View,
 };
 
@@ -228,22 +229,11 @@ impl<O: ByteOrder> GpaTable<O> {
         raw & WRITE != 0 && raw & self.layout().dirty() == 0
     }
 
-    fn check_output(&self, output: OutputAddr, align: u64) -> Result<u64, FormatError> {
-        let bits = self.options.physical_bits;
-        if !output.is_aligned(align) {
-            return Err(FormatError::Unaligned { output, align });
-        }
-        if output.as_u64() >> bits != 0 {
-            return Err(FormatError::OutputTooWide { output, bits: bits.into() });
-        }
-        Ok(output.as_u64())
-    }
-
     fn check_leaf(&self, level: Level, output: OutputAddr) -> Result<u64, FormatError> {
         if level != Level::LEAF {
             return Err(FormatError::NoLeaf { number: self.level_number(level) });
         }
-        self.check_output(output, self.options.page.bytes())
+        check_output(output, self.options.page.bytes(), self.options.physical_bits)
     }
 
     /// The leaf with these rights, in the state that says both what is asked for and whether it was written.
@@ -263,6 +253,12 @@ impl<O: ByteOrder> GpaTable<O> {
             (true, true) => raw | WRITE | fact,
             (true, false) => raw | WRITE | MODIFIED | layout.dirty(),
         })
+    }
+
+    /// ACCESSED, V and MODIFIED. Hardware writes nothing; ageing and harvests do, and two leaves that differ in these say the
+    /// same but for facts.
+    pub(crate) fn facts(&self) -> u64 {
+        ACCESSED | MODIFIED | self.layout().valid()
     }
 
     fn view(&self, raw: u64) -> View {
@@ -287,34 +283,17 @@ impl<O: ByteOrder> Format for GpaTable<O> {
         &self.geometry
     }
 
-    /// Of a table of pages; [`Format::absent_at`] has the directories'.
-    fn absent(&self) -> u64 {
-        software::ABSENT
-    }
-    fn claimed(&self) -> u64 {
-        software::CLAIMED
-    }
-    fn dead(&self) -> u64 {
-        software::DEAD
-    }
-    fn absent_at(&self, level: Level) -> u64 {
-        self.sentinels.absent(level)
-    }
-    fn claimed_at(&self, level: Level) -> u64 {
-        self.sentinels.claimed(level)
-    }
-    fn dead_at(&self, level: Level) -> u64 {
-        self.sentinels.dead(level)
+    fn not_present(&self, level: Level) -> NotPresent {
+        self.sentinels.not_present(level)
     }
     /// None: see [`software`](crate::software).
     fn claim_bit(&self) -> u64 {
         0
     }
 
-    /// ACCESSED, V and MODIFIED. Hardware writes nothing; ageing and harvests do, and two leaves that differ in these say the
-    /// same but for facts. A link has none of them, being page-aligned.
-    fn hardware_bits(&self) -> u64 {
-        ACCESSED | MODIFIED | self.layout().valid()
+    /// Those of a page; a directory has none.
+    fn hardware_bits(&self, level: Level, _raw: u64) -> u64 {
+        if level == Level::LEAF { self.facts() } else { 0 }
     }
 
     /// A leaf is what has PRESENT, whether or not V is set. In a directory everything is an address: one of the sentinels, a
@@ -323,15 +302,14 @@ impl<O: ByteOrder> Format for GpaTable<O> {
         if level > self.geometry.top() {
             return Kind::Special;
         }
-        if level == Level::LEAF {
-            return match (raw & PRESENT != 0, raw & self.layout().valid() != 0) {
-                (true, _) => Kind::Leaf,
-                (false, _) => software::nothing(raw, self.hardware_bits()),
-            };
+        if level == Level::LEAF && raw & PRESENT != 0 {
+            return Kind::Leaf;
         }
-        // Nothing writes facts into a directory; that they would be left out is the engine's rule for all entries.
-        let pointer = raw & !self.hardware_bits();
-        if let Some(nothing) = self.sentinels.kind(level, pointer) {
+        let nothing = self.not_present(level).kind(raw, self.hardware_bits(level, raw));
+        if level == Level::LEAF {
+            return nothing.unwrap_or(Kind::Special);
+        }
+        if let Some(nothing) = nothing {
             return nothing;
         }
         let table = raw ^ self.sentinels.window;
@@ -351,7 +329,7 @@ impl<O: ByteOrder> Format for GpaTable<O> {
             return Err(FormatError::Attribute { value: u64::from(level.get()), rule });
         }
         let bytes = self.options.page.bytes();
-        let table = self.check_output(child, bytes)?;
+        let table = check_output(child, bytes, self.options.physical_bits)?;
         if self.sentinels.overlaps(table, bytes) {
             let rule = "a table lies where the sentinels are";
             return Err(FormatError::Attribute { value: table, rule });

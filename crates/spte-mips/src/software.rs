@@ -23,7 +23,7 @@
 //! `pud_none` compare with them.)
 
 use notifier_core::OutputAddr;
-use spte_core::format::{Kind, Level};
+use spte_core::format::{Level, NotPresent};
 
 /// An entry of a table of pages that holds nothing.
 pub const ABSENT: u64 = 0;
@@ -31,16 +31,6 @@ pub const ABSENT: u64 = 0;
 pub const CLAIMED: u64 = 0x9540_0000_0000_0000;
 /// An entry of an unlinked table of pages: bits 62, 61, 59, 53, 52.
 pub const DEAD: u64 = 0x6830_0000_0000_0000;
-
-/// What an entry of a table of pages is that has neither PRESENT nor V, bits in `ignored` left out.
-pub(crate) const fn nothing(raw: u64, ignored: u64) -> Kind {
-    match raw & !ignored {
-        ABSENT => Kind::Absent,
-        CLAIMED => Kind::Claimed,
-        DEAD => Kind::Dead,
-        _ => Kind::Special,
-    }
-}
 
 /// Three for each level of directories: absent, claimed, dead.
 const KINDS: u64 = 3;
@@ -103,25 +93,12 @@ impl Sentinels {
         self.address(level.get() as u64 - 2, kind)
     }
 
-    pub(crate) fn absent(&self, level: Level) -> u64 {
-        if level == Level::LEAF { ABSENT } else { self.value(level, 0) }
-    }
-
-    pub(crate) fn claimed(&self, level: Level) -> u64 {
-        if level == Level::LEAF { CLAIMED } else { self.value(level, 1) }
-    }
-
-    pub(crate) fn dead(&self, level: Level) -> u64 {
-        if level == Level::LEAF { DEAD } else { self.value(level, 2) }
-    }
-
-    /// Which of the three a directory's entry is.
-    pub(crate) fn kind(&self, level: Level, raw: u64) -> Option<Kind> {
-        match raw {
-            _ if raw == self.value(level, 0) => Some(Kind::Absent),
-            _ if raw == self.value(level, 1) => Some(Kind::Claimed),
-            _ if raw == self.value(level, 2) => Some(Kind::Dead),
-            _ => None,
+    pub(crate) fn not_present(&self, level: Level) -> NotPresent {
+        if level == Level::LEAF {
+            NotPresent { absent: ABSENT, claimed: CLAIMED, dead: DEAD }
+        } else {
+            let value = |kind| self.value(level, kind);
+            NotPresent { absent: value(0), claimed: value(1), dead: value(2) }
         }
     }
 }

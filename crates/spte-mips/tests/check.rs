@@ -90,13 +90,13 @@ fn every_rule_of_links_is_found() {
         let at = |to: u64| HardwareKind::Table(OutputAddr::new(to));
         assert_eq!(format.hardware_kind(level, 0xa800_0000_1234_5000), at(0x1234_5000));
         assert_eq!(format.hardware_kind(level, 0xffff_ffff_8123_5000), at(0x123_5000));
-        assert_eq!(format.hardware_kind(level, format.absent_at(level)), HardwareKind::NotValid);
+        assert_eq!(format.hardware_kind(level, format.not_present(level).absent), HardwareKind::NotPresent);
         assert!(matches!(format.hardware_kind(level, 0), HardwareKind::Impossible(_)));
     }
     // The sentinels of another level, and what is not one of the three, are no links of ours.
     let (two, three) = (Level::new(2).unwrap(), Level::new(3).unwrap());
-    assert!(format.check(two, format.absent_at(three)).is_err());
-    assert!(format.check(three, format.absent_at(two)).is_err());
+    assert!(format.check(two, format.not_present(three).absent).is_err());
+    assert!(format.check(three, format.not_present(two).absent).is_err());
     assert_eq!(rule(&format, 4, link), "the table has no such level");
 }
 
@@ -131,7 +131,7 @@ proptest! {
                 prop_assert_eq!(format.leaf(level, &spec), Ok(raw));
             }
             (Ok(()), Kind::Table(to)) => prop_assert_eq!(format.table(level, to), Ok(raw)),
-            (Ok(()), _) => prop_assert_eq!(hardware, HardwareKind::NotValid),
+            (Ok(()), _) => prop_assert_eq!(hardware, HardwareKind::NotPresent),
             (Err(_), _) => {}
         }
     }

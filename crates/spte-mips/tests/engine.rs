@@ -114,17 +114,17 @@ fn a_new_table_leads_to_sentinels_at_every_level() {
             let format = machine.table.format();
             let top = format.geometry().top();
             let found = machine.table.entry(Gpa::new(0)).unwrap();
-            assert_eq!((found.level, found.raw), (top, format.absent_at(top)));
+            assert_eq!((found.level, found.raw), (top, format.not_present(top).absent));
             machine.map(0, 0x10_0000, page.bytes()).unwrap();
             // Beside the one page each table on the way down is empty, as its level has it.
             for number in 1..=top.get() {
                 let level = Level::new(number).unwrap();
                 let found = machine.table.entry(Gpa::new(format.geometry().span(level))).unwrap();
-                assert_eq!((found.level, found.raw), (level, format.absent_at(level)));
+                assert_eq!((found.level, found.raw), (level, format.not_present(level).absent));
             }
             machine.table.unmap(range(0, 1 << format.geometry().address_bits())).unwrap();
             let found = machine.table.entry(Gpa::new(0)).unwrap();
-            assert_eq!((found.level, found.raw), (top, format.absent_at(top)));
+            assert_eq!((found.level, found.raw), (top, format.not_present(top).absent));
             machine.table.check().unwrap();
         }
     }

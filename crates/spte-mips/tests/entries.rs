@@ -6,7 +6,7 @@ mod common;
 use common::*;
 use notifier_core::{Access, OutputAddr};
 use proptest::prelude::*;
-use spte_core::format::{Format, FormatError, Kind, LeafSpec, Level, Touch, WriteProtect};
+use spte_core::format::{Format, FormatError, Kind, LeafSpec, Level, NotPresent, Touch, WriteProtect};
 use spte_mips::bits::{ACCESSED, MODIFIED, PRESENT, WRITE};
 use spte_mips::*;
 
@@ -78,8 +78,8 @@ fn memory_images_are_in_the_processors_order() {
     for (raw, image) in [
         (big.leaf(L1, &spec(0x1234_5000, Access::RWX)).unwrap(), [0, 0, 0, 0, 0x12, 0x34, 0x57, 0x8f]),
         (big.table(level, OutputAddr::new(0x1234_5000)).unwrap(), [0x98, 0, 0, 0, 0x12, 0x34, 0x50, 0]),
-        (big.absent_at(level), [0x98, 0, 0xff, 0xff, 0xff, 0xf0, 0, 0]),
-        (big.absent(), [0; 8]),
+        (big.not_present(level).absent, [0x98, 0, 0xff, 0xff, 0xff, 0xf0, 0, 0]),
+        (big.not_present(Level::LEAF).absent, [0; 8]),
     ] {
         assert_eq!(big.memory_of(raw).to_ne_bytes(), image);
         let mut turned = image;
@@ -122,16 +122,18 @@ fn addresses_are_cut_into_linux_indices() {
 fn empty_directories_lead_to_sentinels_and_empty_tables_are_zero() {
     for format in formats() {
         let (sentinels, page) = (*format.sentinels(), format.options().page.bytes());
-        assert_eq!((format.absent(), format.absent_at(L1)), (0, 0));
+        assert_eq!(format.not_present(L1).absent, 0);
         assert_eq!(sentinels.bytes(), 3 * (u64::from(format.geometry().top().get()) - 1) * page);
         let mut seen = std::collections::BTreeSet::new();
         for number in 1..=format.geometry().top().get() {
             let level = Level::new(number).unwrap();
-            let values = [format.absent_at(level), format.claimed_at(level), format.dead_at(level)];
-            for (value, kind) in values.into_iter().zip([Kind::Absent, Kind::Claimed, Kind::Dead]) {
-                assert_eq!(value & (format.hardware_bits() | PRESENT), 0);
-                for noise in [0, ACCESSED, MODIFIED, ACCESSED | MODIFIED, format.hardware_bits()] {
-                    assert_eq!(format.kind(level, value | noise), kind);
+            let NotPresent { absent, claimed, dead } = format.not_present(level);
+            for (value, kind) in [(absent, Kind::Absent), (claimed, Kind::Claimed), (dead, Kind::Dead)] {
+                let facts = format.hardware_bits(level, value);
+                assert_eq!(facts == 0, number > 1, "a directory holds addresses alone");
+                assert_eq!(value & (facts | PRESENT), 0);
+                for noise in [0, ACCESSED, MODIFIED, ACCESSED | MODIFIED, facts] {
+                    assert_eq!(format.kind(level, value | noise & facts), kind);
                 }
                 assert_eq!(format.check(level, value), Ok(()));
                 assert!(seen.insert(value), "{value:#x} means two things");
@@ -152,7 +154,9 @@ fn a_walk_through_sentinels_ends_in_an_invalid_entry() {
         let (sentinels, page) = (*format.sentinels(), format.options().page.bytes());
         for number in 2..=format.geometry().top().get() {
             let level = Level::new(number).unwrap();
-            for start in [format.absent_at(level), format.claimed_at(level), format.dead_at(level)] {
+            for start in
+                [format.not_present(level).absent, format.not_present(level).claimed, format.not_present(level).dead]
+            {
                 let mut entry = start;
                 for _ in 1..number {
                     let table = bits::unmapped(entry).unwrap() - sentinels.start().as_u64();

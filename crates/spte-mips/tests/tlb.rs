@@ -37,7 +37,7 @@ fn a_refill_has_both_halves() {
             assert_eq!(pair.half(gpa).output(), output, "{gpa:#x}");
         }
         // The other half is there, and has V clear.
-        let pair = format.pair(6 * bytes, even, format.absent());
+        let pair = format.pair(6 * bytes, even, format.not_present(L1).absent);
         assert!(pair.half(6 * bytes).is_valid() && !pair.half(7 * bytes).is_valid());
     }
 }
@@ -177,7 +177,9 @@ fn a_stale_buddy_goes_with_its_pair() {
         for slot in 0..16_u64 {
             let (even, odd) = (2 * slot * bytes, (2 * slot + 1) * bytes);
             entries.insert(even, leaf(0x100_0000 + even));
-            let read = |at: u64, entries: &BTreeMap<u64, u64>| entries.get(&at).copied().unwrap_or(format.absent());
+            let read = |at: u64, entries: &BTreeMap<u64, u64>| {
+                entries.get(&at).copied().unwrap_or(format.not_present(L1).absent)
+            };
             let refill = |tlb: &mut Tlb, entries: &BTreeMap<u64, u64>| {
                 assert_eq!(tlb.probe(even), None, "who writes a pair has missed");
                 tlb.slots[slot as usize] = format.pair(even, read(even, entries), read(odd, entries));

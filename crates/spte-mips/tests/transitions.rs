@@ -71,7 +71,11 @@ fn an_old_leaf_may_be_in_a_tlb_and_is_flushed() {
         assert!(!format.entry_lo(raw).is_valid());
         let moved = format.set_spte(L1, raw, OutputAddr::new(0x2_0000)).unwrap();
         assert_eq!(format.transition(L1, raw, moved), Transition::FLUSH);
-        for gone in [format.absent(), format.claimed(), format.dead()] {
+        for gone in [
+            format.not_present(Level::LEAF).absent,
+            format.not_present(Level::LEAF).claimed,
+            format.not_present(Level::LEAF).dead,
+        ] {
             assert_eq!(format.transition(L1, raw, gone), Transition::FLUSH);
         }
     }
@@ -85,7 +89,8 @@ fn links_that_go_are_flushed_and_what_holds_nothing_owes_nothing() {
         assert_eq!(format.transition(level, table(0x1_0000), table(0x1_0000)), Transition::FREE);
         assert_eq!(format.transition(level, table(0x1_0000), table(0x2_0000)), Transition::FLUSH);
         for level in [L1, level] {
-            let nothing = [format.absent_at(level), format.claimed_at(level), format.dead_at(level)];
+            let nothing =
+                [format.not_present(level).absent, format.not_present(level).claimed, format.not_present(level).dead];
             let something = if level == L1 { 0x1_0001 } else { table(0x1_0000) };
             for from in nothing {
                 assert_eq!(format.transition(level, from, something), Transition::FREE);
@@ -96,7 +101,7 @@ fn links_that_go_are_flushed_and_what_holds_nothing_owes_nothing() {
             }
         }
         // What somebody else wrote into a directory is followed, whatever it is.
-        assert_eq!(format.transition(level, 0x1000, format.absent_at(level)), Transition::FLUSH);
+        assert_eq!(format.transition(level, 0x1000, format.not_present(level).absent), Transition::FLUSH);
     }
 }
 

@@ -9,13 +9,9 @@
 //! `RADIX_PMD_VAL_BITS`, `RADIX_PMD_BAD_BITS`, `RADIX_PTE_NONE_MASK`; `radix-4k.h`, `radix-64k.h`) and QEMU
 //! (`target/ppc/mmu-radix64.c`: `R_PTE_*`, `R_PDE_NLB`, `R_PDE_NLS`, `ppc_radix64_get_prot_eaa`, `ppc_radix64_is_valid_level`).
 
-use notifier_core::OutputAddr;
-use spte_core::format::{FormatError, Geometry, Level, LevelShape};
-
-/// Bits `low` to `high` from the least significant one, both included. `low <= high <= 63`; anything else gives no bits.
-pub const fn bit_range(high: u32, low: u32) -> u64 {
-    if high > 63 || low > high { 0 } else { (u64::MAX >> (63 - high)) & (u64::MAX << low) }
-}
+use spte_core::format::{Geometry, Level, LevelShape};
+pub use spte_core::raw::bit_range;
+pub(crate) use spte_core::raw::check_output;
 
 /// IBM bit 0: V, valid. With it clear hardware ignores all others.
 pub const VALID: u64 = 1 << 63;
@@ -146,15 +142,4 @@ pub(crate) const fn geometry(page: BasePage) -> Geometry {
 /// The number of a level: 1 where the base pages are. (The ISA counts from the root, and only in prose.)
 pub(crate) const fn number_of(level: Level) -> i8 {
     level.get() as i8
-}
-
-/// Whether `output` fits `bits` physical address bits and is a multiple of `align`.
-pub(crate) fn check_output(output: OutputAddr, align: u64, bits: u8) -> Result<u64, FormatError> {
-    if !output.is_aligned(align) {
-        return Err(FormatError::Unaligned { output, align });
-    }
-    if output.as_u64() >> bits != 0 {
-        return Err(FormatError::OutputTooWide { output, bits: u32::from(bits) });
-    }
-    Ok(output.as_u64())
 }

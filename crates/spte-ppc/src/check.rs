@@ -12,6 +12,7 @@
 
 use notifier_core::OutputAddr;
 use spte_core::format::{EntryError, Format, Level};
+pub use spte_core::raw::HardwareKind;
 
 use crate::{
     bits::{
@@ -23,34 +24,11 @@ use crate::{
     software::UPGRADABLE,
 };
 
-/// What an entry is to hardware, whoever wrote it. [`Kind`](spte_core::format::Kind) is what it is to this crate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HardwareKind {
-    /// Not valid: any access is a fault.
-    NotValid,
-    /// Reserved, or of a meaning that this machine does not have, for this reason.
-    Impossible(EntryError),
-    /// A directory entry for the table at this address.
-    Table(OutputAddr),
-    /// A translation.
-    Leaf,
-}
-
-/// Refuses the entry for those of `wrong` bits that are set.
-fn refuse(level: Level, raw: u64, wrong: u64, rule: &'static str) -> Result<(), EntryError> {
-    if wrong == 0 { Ok(()) } else { Err(EntryError { raw, number: number_of(level), rule, bits: wrong }) }
-}
-
-/// Refuses the entry, naming `bits`, unless `holds`.
-fn require(level: Level, raw: u64, holds: bool, bits: u64, rule: &'static str) -> Result<(), EntryError> {
-    if holds { Ok(()) } else { Err(EntryError { raw, number: number_of(level), rule, bits }) }
-}
-
 impl Radix {
     /// What `raw` is to hardware at `level`.
     pub fn hardware_kind(&self, level: Level, raw: u64) -> HardwareKind {
         if raw & VALID == 0 {
-            return HardwareKind::NotValid;
+            return HardwareKind::NotPresent;
         }
         match self.check_hardware(level, raw) {
             Err(why) => HardwareKind::Impossible(why),
@@ -70,25 +48,36 @@ impl Radix {
         let bits = u32::from(self.options().physical_bits);
         if raw & LEAF == 0 {
             let Some(below) = level.below().filter(|_| level <= self.geometry().top()) else {
-                return require(level, raw, false, LEAF, "an entry of level 1 that is valid is a leaf");
+                return EntryError::require(
+                    number_of(level),
+                    raw,
+                    false,
+                    LEAF,
+                    "an entry of level 1 that is valid is a leaf",
+                );
             };
-            refuse(level, raw, raw & LINK_RESERVED, "IBM bits 2:3 and 56:58 of a directory entry are reserved")?;
+            EntryError::refuse(
+                number_of(level),
+                raw,
+                raw & LINK_RESERVED,
+                "IBM bits 2:3 and 56:58 of a directory entry are reserved",
+            )?;
             let entries = u64::from(self.geometry().level(below).bits);
             let rule = "NLS is not the size of the next table in the one shape of tree that there is";
-            require(level, raw, raw & NLS == entries, NLS, rule)?;
+            EntryError::require(number_of(level), raw, raw & NLS == entries, NLS, rule)?;
             let wide = raw & NLB & !bit_range(bits - 1, 0);
-            refuse(level, raw, wide, "address bits above the physical address width")?;
+            EntryError::refuse(number_of(level), raw, wide, "address bits above the physical address width")?;
             let inside = raw & NLB & (self.geometry().table_bytes(below) as u64 - 1);
-            return refuse(level, raw, inside, "a table is aligned to its own size");
+            return EntryError::refuse(number_of(level), raw, inside, "a table is aligned to its own size");
         }
-        require(level, raw, self.has_leaves(level), LEAF, "this level has no leaves")?;
+        EntryError::require(number_of(level), raw, self.has_leaves(level), LEAF, "this level has no leaves")?;
         let reserved = LEAF_RESERVED_HIGH | LEAF_RESERVED_LOW;
-        refuse(level, raw, raw & reserved, "IBM bits 3:6 and 57 of a leaf are reserved")?;
+        EntryError::refuse(number_of(level), raw, raw & reserved, "IBM bits 3:6 and 57 of a leaf are reserved")?;
         let wide = raw & RPN & !bit_range(bits - 1, 0);
-        refuse(level, raw, wide, "address bits above the physical address width")?;
+        EntryError::refuse(number_of(level), raw, wide, "address bits above the physical address width")?;
         let ordered = Storage::of(raw) == Storage::StrongOrder;
         let rule = "ATT 1, strong access order, is reserved since Power ISA 3.1";
-        require(level, raw, !ordered || self.options().strong_order, ATT, rule)
+        EntryError::require(number_of(level), raw, !ordered || self.options().strong_order, ATT, rule)
     }
 
     pub(crate) fn check_entry(&self, level: Level, raw: u64) -> Result<(), EntryError> {
@@ -100,17 +89,23 @@ impl Radix {
             return Ok(());
         }
         let low = raw & RPN & (self.geometry().span(level) - 1);
-        refuse(level, raw, low, "RPN bits below the size of the leaf are clear")?;
-        refuse(
-            level,
+        EntryError::refuse(number_of(level), raw, low, "RPN bits below the size of the leaf are clear")?;
+        EntryError::refuse(
+            number_of(level),
             raw,
             raw & PRIVILEGED,
             "EAA[0], privileged, says nothing in a partition-scoped tree and is clear",
         )?;
-        refuse(level, raw, raw & (SW0 | SW3), "IBM bits 2 and 54 are nobody's")?;
+        EntryError::refuse(number_of(level), raw, raw & (SW0 | SW3), "IBM bits 2 and 54 are nobody's")?;
         let readable = raw & READ != 0 || raw & (WRITE | UPGRADABLE) == 0;
-        require(level, raw, readable, READ, "writing implies reading, withheld or not, and EAA[1] says so")?;
+        EntryError::require(
+            number_of(level),
+            raw,
+            readable,
+            READ,
+            "writing implies reading, withheld or not, and EAA[1] says so",
+        )?;
         let state = raw & (WRITE | UPGRADABLE) != WRITE;
-        require(level, raw, state, UPGRADABLE, "what may be written is upgradable")
+        EntryError::require(number_of(level), raw, state, UPGRADABLE, "what may be written is upgradable")
     }
 }

@@ -5,7 +5,7 @@
 
 use notifier_core::{Access, OutputAddr};
 use spte_core::format::{
-    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, Touch, Transition, WriteProtect,
+    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, NotPresent, Touch, Transition, WriteProtect,
 };
 
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
         REFERENCED, RPN, VALID, WIDEST, WRITE,
     },
     memtype::{RadixAttrs, Storage},
-    software::{self, ABSENT, CLAIMED, DEAD, HARDWARE, UPGRADABLE, USER, WriteState},
+    software::{HARDWARE, NOT_PRESENT, UPGRADABLE, USER, WriteState},
     transition::View,
 };
 
@@ -176,14 +176,8 @@ impl Format for Radix {
         bits::number_of(level)
     }
 
-    fn absent(&self) -> u64 {
-        ABSENT
-    }
-    fn claimed(&self) -> u64 {
-        CLAIMED
-    }
-    fn dead(&self) -> u64 {
-        DEAD
+    fn not_present(&self, _level: Level) -> NotPresent {
+        NOT_PRESENT
     }
 
     /// None: see [`software`](crate::software).
@@ -191,16 +185,16 @@ impl Format for Radix {
         0
     }
 
-    /// R and C, of leaves and of what was one until now. Never of directory entries: bit 8 of these is an address bit.
-    fn hardware_bits(&self) -> u64 {
-        HARDWARE
+    /// R and C, of leaves and of what was one until now. A directory entry has neither: its bit 8 is an address bit.
+    fn hardware_bits(&self, _level: Level, raw: u64) -> u64 {
+        if raw & (VALID | LEAF) == VALID { 0 } else { HARDWARE }
     }
 
     /// By V first, without R and C where it is clear. What is valid and not a leaf is a link only if it is exactly what
     /// [`Format::table`] makes: NLS of another tree, reserved bits, or a table inside another are special, and not followed.
     fn kind(&self, level: Level, raw: u64) -> Kind {
         if raw & VALID == 0 {
-            return software::nothing(raw).unwrap_or(Kind::Special);
+            return NOT_PRESENT.kind(raw, HARDWARE).unwrap_or(Kind::Special);
         }
         if raw & LEAF != 0 {
             return if self.has_leaves(level) { Kind::Leaf } else { Kind::Special };

@@ -22,9 +22,9 @@
 //! from it and from each other in more than four bits, and would be no directory entry if V were set. Whatever else is not
 //! valid is somebody else's, and left alone (Linux's temporarily invalid entry is one).
 
-use spte_core::format::Kind;
+use spte_core::format::NotPresent;
 
-use crate::bits::{CHANGED, REFERENCED, SW1, SW2, VALID};
+use crate::bits::{CHANGED, REFERENCED, SW1, SW2};
 
 /// IBM bit 52 of a leaf: writing was resolved. With it, and EAA\[2\] clear, the leaf is armed.
 pub const UPGRADABLE: u64 = SW1;
@@ -41,18 +41,7 @@ pub const CLAIMED: u64 = 0x1c00_0000_0000_0600;
 /// An entry of an unlinked table: bits 57:56, 11, 6:5.
 pub const DEAD: u64 = 0x0300_0000_0000_0860;
 
-/// What an invalid `raw` is, R and C left out.
-pub(crate) const fn nothing(raw: u64) -> Option<Kind> {
-    if raw & VALID != 0 {
-        return None;
-    }
-    match raw & !HARDWARE {
-        ABSENT => Some(Kind::Absent),
-        CLAIMED => Some(Kind::Claimed),
-        DEAD => Some(Kind::Dead),
-        _ => None,
-    }
-}
+pub(crate) const NOT_PRESENT: NotPresent = NotPresent { absent: ABSENT, claimed: CLAIMED, dead: DEAD };
 
 /// The states that a leaf may be in as to writing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -28,7 +28,7 @@ fn an_invalid_entry_breaks_no_rule() {
         for number in 1..=4 {
             assert_eq!(hardware(&format, number, !(1 << 63)), None);
             assert_eq!(own(&format, number, !(1 << 63)), None);
-            assert_eq!(format.hardware_kind(level(number), !(1 << 63)), HardwareKind::NotValid);
+            assert_eq!(format.hardware_kind(level(number), !(1 << 63)), HardwareKind::NotPresent);
         }
     }
 }

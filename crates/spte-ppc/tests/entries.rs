@@ -6,7 +6,7 @@ mod common;
 use common::*;
 use notifier_core::{Access, OutputAddr};
 use proptest::prelude::*;
-use spte_core::format::{Format, FormatError, Kind, LeafSpec, Level, Touch, Transition, WriteProtect};
+use spte_core::format::{Format, FormatError, Kind, LeafSpec, Level, NotPresent, Touch, Transition, WriteProtect};
 use spte_ppc::software::{ABSENT, CLAIMED, DEAD, HARDWARE};
 use spte_ppc::*;
 
@@ -208,8 +208,14 @@ proptest! {
 fn three_values_survive_every_hardware_write() {
     let values = [(ABSENT, Kind::Absent), (CLAIMED, Kind::Claimed), (DEAD, Kind::Dead)];
     for format in both() {
-        assert_eq!([format.absent(), format.claimed(), format.dead()], [ABSENT, CLAIMED, DEAD]);
-        assert_eq!((format.hardware_bits(), format.claim_bit()), (0x180, 0));
+        let expected = NotPresent { absent: ABSENT, claimed: CLAIMED, dead: DEAD };
+        assert_eq!(format.not_present(Level::LEAF), expected);
+        assert_eq!(format.claim_bit(), 0);
+        for raw in [ABSENT, CLAIMED, DEAD, 0xc000_0000_0000_0105] {
+            assert_eq!(format.hardware_bits(Level::LEAF, raw), 0x180);
+        }
+        let table = format.table(level(2), OutputAddr::new(0x5_0000)).unwrap();
+        assert_eq!(format.hardware_bits(level(2), table), 0, "bit 8 is an address bit");
         for (value, kind) in values {
             assert_eq!(value & (HARDWARE | 1 << 63), 0);
             for other in values.iter().filter(|other| other.0 != value) {
@@ -219,7 +225,7 @@ fn three_values_survive_every_hardware_write() {
                 for number in 1..=4 {
                     assert_eq!(format.kind(level(number), value | written), kind);
                     assert_eq!(format.check(level(number), value | written), Ok(()));
-                    assert_eq!(format.hardware_kind(level(number), value | written), HardwareKind::NotValid);
+                    assert_eq!(format.hardware_kind(level(number), value | written), HardwareKind::NotPresent);
                 }
             }
             // No single bit, V included, turns one into another or into a link.
@@ -240,7 +246,7 @@ fn an_invalid_entry_is_never_interpreted() {
     for raw in [0x4000_0000_8000_0187, 0x0000_0000_3456_7105, 0x6000_0000_8000_0187, !(1 << 63)] {
         for number in 1..=4 {
             assert_eq!(format.kind(level(number), raw), Kind::Special);
-            assert_eq!(format.hardware_kind(level(number), raw), HardwareKind::NotValid);
+            assert_eq!(format.hardware_kind(level(number), raw), HardwareKind::NotPresent);
         }
     }
 }

@@ -4,7 +4,7 @@
 mod common;
 
 use common::*;
-use spte_core::format::{Format, Transition};
+use spte_core::format::{Format, Level, Transition};
 use spte_ppc::BasePage;
 
 const FREE: Transition = Transition::FREE;
@@ -84,7 +84,8 @@ fn referenced_and_software_bits_cost_nothing() {
 #[test]
 fn what_becomes_invalid_is_flushed_and_what_was_invalid_costs_nothing() {
     let format = radix(BasePage::K4);
-    let invalid = [0, format.claimed(), format.dead(), 0x2000_0000_0000_0000];
+    let invalid =
+        [0, format.not_present(Level::LEAF).claimed, format.not_present(Level::LEAF).dead, 0x2000_0000_0000_0000];
     for none in invalid {
         for (number, raw) in [(1, PAGE), (2, LARGE), (2, LINK), (3, LINK)] {
             assert_eq!(format.transition(level(number), raw, none), FLUSH);

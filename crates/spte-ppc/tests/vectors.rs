@@ -5,7 +5,7 @@ mod common;
 
 use common::*;
 use notifier_core::{Access, OutputAddr};
-use spte_core::format::{Format, LeafSpec};
+use spte_core::format::{Format, LeafSpec, Level};
 use spte_ppc::software::{UPGRADABLE, USER};
 use spte_ppc::*;
 
@@ -97,7 +97,7 @@ fn entries_are_big_endian_in_memory() {
     assert_eq!(image(0xc000_0001_2345_0187), [0xc0, 0, 0, 1, 0x23, 0x45, 0x01, 0x87]);
     assert_eq!(image(0x8000_0000_3456_7105), [0x80, 0, 0, 0, 0x34, 0x56, 0x71, 0x05]);
     assert_eq!(format.raw_of(u64::from_ne_bytes([0x80, 0, 0, 0, 0x34, 0x56, 0x71, 0x05])), 0x8000_0000_3456_7105);
-    assert_eq!(image(format.absent()), [0; 8], "a zeroed page is an empty table");
+    assert_eq!(image(format.not_present(Level::LEAF).absent), [0; 8], "a zeroed page is an empty table");
 }
 
 #[test]

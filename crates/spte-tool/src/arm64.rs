@@ -17,19 +17,8 @@ use spte_arm64::{
 use spte_core::FlushRequest;
 use spte_core::format::{Format, Kind, Level};
 
-use crate::format::{Explanation, Fields, Form, Reading, ToolFormat, nothing, rights, size_word};
+use crate::format::{Explanation, Fields, Form, ToolFormat, nothing, rights, size_word};
 use crate::script::Mem;
-
-impl From<HardwareKind> for Reading {
-    fn from(kind: HardwareKind) -> Self {
-        match kind {
-            HardwareKind::NotValid => Self::NotPresent,
-            HardwareKind::Impossible(why) => Self::Impossible(why),
-            HardwareKind::Table(to) => Self::Table(to),
-            HardwareKind::Leaf => Self::Leaf,
-        }
-    }
-}
 
 /// How a valid entry is laid out, whether or not it is possible.
 fn form(level: Level, raw: u64) -> Form {
@@ -257,8 +246,8 @@ impl ToolFormat for Stage2 {
         }
     }
 
-    fn reading(&self, level: Level, raw: u64) -> Reading {
-        self.hardware_kind(level, raw).into()
+    fn reading(&self, level: Level, raw: u64) -> HardwareKind {
+        self.hardware_kind(level, raw)
     }
 
     fn explain(&self, level: Level, raw: u64) -> Explanation {

@@ -3,9 +3,10 @@
 
 use serde_json::{Value, json};
 use spte_core::format::{EntryError, Level};
+use spte_core::raw::HardwareKind;
 use thiserror::Error;
 
-use crate::format::{Explanation, Field, Form, Reading, ToolFormat};
+use crate::format::{Explanation, Field, Form, ToolFormat};
 
 /// A word that is no raw entry.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -41,9 +42,9 @@ pub struct Group {
     pub explanation: Explanation,
 }
 
-fn rule(reading: &Reading) -> Option<&EntryError> {
+fn rule(reading: &HardwareKind) -> Option<&EntryError> {
     match reading {
-        Reading::Impossible(why) => Some(why),
+        HardwareKind::Impossible(why) => Some(why),
         _ => None,
     }
 }
@@ -129,12 +130,12 @@ pub fn json<F: ToolFormat>(format: &F, level: Option<Level>, raw: u64) -> Value 
 }
 
 /// The word for a reading.
-pub(crate) fn kind(reading: &Reading) -> &'static str {
+pub(crate) fn kind(reading: &HardwareKind) -> &'static str {
     match reading {
-        Reading::NotPresent => "not present",
-        Reading::Impossible(_) => "impossible",
-        Reading::Table(_) => Form::Table.word(),
-        Reading::Leaf => Form::Leaf.word(),
+        HardwareKind::NotPresent => "not present",
+        HardwareKind::Impossible(_) => "impossible",
+        HardwareKind::Table(_) => Form::Table.word(),
+        HardwareKind::Leaf => Form::Leaf.word(),
     }
 }
 

@@ -4,9 +4,9 @@
 //! One implementation a format, in a module beside this one; [`setup`](crate::setup) names them. Nothing else in the crate
 //! knows a bit.
 
-use notifier_core::OutputAddr;
 use spte_core::FlushRequest;
 use spte_core::format::{EntryError, Format, Kind, Level};
+use spte_core::raw::HardwareKind;
 
 use crate::script::Mem;
 
@@ -29,26 +29,11 @@ impl Form {
     }
 }
 
-/// What an entry is to hardware, whoever wrote it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reading {
-    /// Not present: any access faults.
-    NotPresent,
-    /// Every access through it ends in a misconfiguration or a reserved-bit fault, for this reason.
-    Impossible(EntryError),
-    /// A link to the table at this address.
-    Table(OutputAddr),
-    /// A translation.
-    Leaf,
-}
-
-impl Reading {
-    /// `words`, unless the entry is impossible: that comes first.
-    pub(crate) fn summary(&self, words: String) -> String {
-        match self {
-            Self::Impossible(_) => format!("impossible: {words}"),
-            _ => words,
-        }
+/// `words`, unless the entry is impossible: that comes first.
+pub(crate) fn summary(reading: &HardwareKind, words: String) -> String {
+    match reading {
+        HardwareKind::Impossible(_) => format!("impossible: {words}"),
+        _ => words,
     }
 }
 
@@ -71,7 +56,7 @@ pub struct Field {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Explanation {
     /// What hardware takes it for.
-    pub reading: Reading,
+    pub reading: HardwareKind,
     /// One line: what it is.
     pub summary: String,
     /// The fields, from bit 0 up; together they cover every bit that is set.
@@ -82,10 +67,10 @@ pub struct Explanation {
 
 impl Explanation {
     /// Of an entry that `words` describe.
-    pub(crate) fn new(reading: Reading, words: String, fields: Vec<Field>, software: Option<EntryError>) -> Self {
+    pub(crate) fn new(reading: HardwareKind, words: String, fields: Vec<Field>, software: Option<EntryError>) -> Self {
         // What hardware refuses is said once.
-        let software = software.filter(|_| !matches!(reading, Reading::Impossible(_)));
-        Self { reading, summary: reading.summary(words), fields, software }
+        let software = software.filter(|_| !matches!(reading, HardwareKind::Impossible(_)));
+        Self { reading, summary: summary(&reading, words), fields, software }
     }
 }
 
@@ -99,7 +84,7 @@ pub trait ToolFormat: Format + Clone {
     fn mask(&self, level: Level, form: Form) -> Option<u64>;
 
     /// What hardware takes the entry for.
-    fn reading(&self, level: Level, raw: u64) -> Reading;
+    fn reading(&self, level: Level, raw: u64) -> HardwareKind;
 
     /// The entry in words.
     fn explain(&self, level: Level, raw: u64) -> Explanation;
@@ -110,11 +95,11 @@ pub trait ToolFormat: Format + Clone {
     /// The entry as a dump prints it.
     fn masked(&self, level: Level, raw: u64) -> u64 {
         let form = match self.reading(level, raw) {
-            Reading::NotPresent => return 0,
+            HardwareKind::NotPresent => return 0,
             // Whatever breaks the rule is shown.
-            Reading::Impossible(_) => return raw,
-            Reading::Table(_) => Form::Table,
-            Reading::Leaf => Form::Leaf,
+            HardwareKind::Impossible(_) => return raw,
+            HardwareKind::Table(_) => Form::Table,
+            HardwareKind::Leaf => Form::Leaf,
         };
         self.mask(level, form).map_or(raw, |mask| raw & mask)
     }

@@ -8,9 +8,10 @@ use std::io::{self, Read, Seek, SeekFrom};
 
 use notifier_core::OutputAddr;
 use spte_core::format::{EntryError, Level};
+use spte_core::raw::HardwareKind;
 use thiserror::Error;
 
-use crate::format::{Reading, ToolFormat};
+use crate::format::ToolFormat;
 
 /// Why a table could not be read.
 #[derive(Debug, Error)]
@@ -128,7 +129,7 @@ pub struct Entry {
     /// Its value, all bits.
     pub raw: u64,
     /// What hardware takes it for.
-    pub reading: Reading,
+    pub reading: HardwareKind,
     /// What is wrong with it.
     pub trouble: Option<Trouble>,
 }
@@ -171,7 +172,7 @@ where
             continue;
         };
         let level = node.level;
-        if raw == 0 || raw == format.absent_at(level) {
+        if raw == 0 || raw == format.not_present(level).absent {
             continue;
         }
         let gpa = node.gpa + ((index as u64) << geometry.level(level).shift);
@@ -182,8 +183,8 @@ where
         let reading = format.reading(level, raw);
         let mut child = None;
         let trouble = match (reading, level.below()) {
-            (Reading::Impossible(why), _) => Some(Trouble::Impossible(why)),
-            (Reading::Table(to), Some(below)) => {
+            (HardwareKind::Impossible(why), _) => Some(Trouble::Impossible(why)),
+            (HardwareKind::Table(to), Some(below)) => {
                 let table = to.as_u64();
                 if path.iter().any(|above| above.table == table) {
                     Some(Trouble::Loop { table: to })

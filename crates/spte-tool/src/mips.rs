@@ -10,19 +10,8 @@ use spte_core::format::{Format, Level};
 use spte_mips::bits::{ACCESSED, MODIFIED, PRESENT, WRITE, bit_range};
 use spte_mips::{ByteOrder, Cache, GpaAttrs, GpaTable, HardwareKind, Step, Steps, TlbFeatures, WriteState};
 
-use crate::format::{Explanation, Fields, Form, Reading, ToolFormat, nothing, rights, size_word};
+use crate::format::{Explanation, Fields, Form, ToolFormat, nothing, rights, size_word};
 use crate::script::Mem;
-
-impl From<HardwareKind> for Reading {
-    fn from(kind: HardwareKind) -> Self {
-        match kind {
-            HardwareKind::NotValid => Self::NotPresent,
-            HardwareKind::Impossible(why) => Self::Impossible(why),
-            HardwareKind::Table(to) => Self::Table(to),
-            HardwareKind::Leaf => Self::Leaf,
-        }
-    }
-}
 
 fn cache_words(cache: Cache) -> &'static str {
     match cache {
@@ -109,8 +98,8 @@ impl<O: ByteOrder> ToolFormat for GpaTable<O> {
         }
     }
 
-    fn reading(&self, level: Level, raw: u64) -> Reading {
-        self.hardware_kind(level, raw).into()
+    fn reading(&self, level: Level, raw: u64) -> HardwareKind {
+        self.hardware_kind(level, raw)
     }
 
     fn explain(&self, level: Level, raw: u64) -> Explanation {
@@ -123,7 +112,7 @@ impl<O: ByteOrder> ToolFormat for GpaTable<O> {
             }
             fields.range(63, 0, "Address", |value| match value >> 62 {
                 2 => format!("xkphys, {}", cache_words(Cache::from_bits((value >> 59 & 7) as u8))),
-                _ if matches!(reading, Reading::Table(_)) => "ckseg0 or ckseg1".into(),
+                _ if matches!(reading, HardwareKind::Table(_)) => "ckseg0 or ckseg1".into(),
                 _ => "no unmapped segment".into(),
             });
             let to = spte_mips::bits::unmapped(raw).unwrap_or(raw);

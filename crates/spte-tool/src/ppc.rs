@@ -14,19 +14,8 @@ use spte_ppc::bits::{
 use spte_ppc::software::UPGRADABLE;
 use spte_ppc::{HardwareKind, Radix, RadixAttrs, Ric, Step, Steps, Storage, TlbFixes, WriteState};
 
-use crate::format::{Explanation, Fields, Form, Reading, ToolFormat, nothing, rights, size_word};
+use crate::format::{Explanation, Fields, Form, ToolFormat, nothing, rights, size_word};
 use crate::script::Mem;
-
-impl From<HardwareKind> for Reading {
-    fn from(kind: HardwareKind) -> Self {
-        match kind {
-            HardwareKind::NotValid => Self::NotPresent,
-            HardwareKind::Impossible(why) => Self::Impossible(why),
-            HardwareKind::Table(to) => Self::Table(to),
-            HardwareKind::Leaf => Self::Leaf,
-        }
-    }
-}
 
 fn storage_words(att: u64) -> &'static str {
     match Storage::from_bits(att as u8) {
@@ -119,8 +108,8 @@ impl ToolFormat for Radix {
         }
     }
 
-    fn reading(&self, level: Level, raw: u64) -> Reading {
-        self.hardware_kind(level, raw).into()
+    fn reading(&self, level: Level, raw: u64) -> HardwareKind {
+        self.hardware_kind(level, raw)
     }
 
     fn explain(&self, level: Level, raw: u64) -> Explanation {

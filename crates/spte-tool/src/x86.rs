@@ -14,19 +14,8 @@ use spte_x86::{
     PatSelector, Usage, WriteState,
 };
 
-use crate::format::{Explanation, Fields, Form, Reading, ToolFormat, nothing, rights, size_word};
+use crate::format::{Explanation, Fields, Form, ToolFormat, nothing, rights, size_word, summary};
 use crate::script::Mem;
-
-impl From<HardwareKind> for Reading {
-    fn from(kind: HardwareKind) -> Self {
-        match kind {
-            HardwareKind::NotPresent => Self::NotPresent,
-            HardwareKind::Impossible(why) => Self::Impossible(why),
-            HardwareKind::Table(to) => Self::Table(to),
-            HardwareKind::Leaf => Self::Leaf,
-        }
-    }
-}
 
 /// How an entry is laid out, whether or not it is possible.
 fn form(level: Level, raw: u64) -> Form {
@@ -107,8 +96,8 @@ impl ToolFormat for Ept {
         })
     }
 
-    fn reading(&self, level: Level, raw: u64) -> Reading {
-        self.hardware_kind(level, raw).into()
+    fn reading(&self, level: Level, raw: u64) -> HardwareKind {
+        self.hardware_kind(level, raw)
     }
 
     fn explain(&self, level: Level, raw: u64) -> Explanation {
@@ -126,7 +115,7 @@ impl ToolFormat for Ept {
             return Explanation { reading, summary: words.into(), fields: fields.rest(0), software: None };
         }
         if let Some(entry) = self.mmio().decode(raw) {
-            let words = reading.summary(mmio_words(&entry));
+            let words = summary(&reading, mmio_words(&entry));
             return Explanation { reading, summary: words, fields: fields.rest(0), software: None };
         }
         let form = form(level, raw);
@@ -248,8 +237,8 @@ impl<U: Usage> ToolFormat for LongModeFormat<U> {
         })
     }
 
-    fn reading(&self, level: Level, raw: u64) -> Reading {
-        self.hardware_kind(level, raw).into()
+    fn reading(&self, level: Level, raw: u64) -> HardwareKind {
+        self.hardware_kind(level, raw)
     }
 
     fn explain(&self, level: Level, raw: u64) -> Explanation {
@@ -262,7 +251,7 @@ impl<U: Usage> ToolFormat for LongModeFormat<U> {
             return Explanation { reading, summary: words.into(), fields: fields.rest(0), software: None };
         }
         if let Some(entry) = self.mmio().and_then(|layout| layout.decode(raw)) {
-            let words = reading.summary(mmio_words(&entry));
+            let words = summary(&reading, mmio_words(&entry));
             return Explanation { reading, summary: words, fields: fields.rest(0), software: None };
         }
         let form = form(level, raw);

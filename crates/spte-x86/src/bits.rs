@@ -4,13 +4,9 @@
 //! Sources: Intel SDM volume 3, "The Extended Page Table Mechanism" (EPT entries) and "4-Level Paging and 5-Level
 //! Paging" (long mode); AMD APM volume 2, "Long-Mode Page Translation" and "Nested Paging".
 
-use notifier_core::OutputAddr;
 use spte_core::format::{FormatError, Geometry, Level, LevelShape};
-
-/// Bits `low` to `high`, both included. `low <= high <= 63`; anything else gives no bits.
-pub const fn bit_range(high: u32, low: u32) -> u64 {
-    if high > 63 || low > high { 0 } else { (u64::MAX >> (63 - high)) & (u64::MAX << low) }
-}
+pub use spte_core::raw::bit_range;
+pub(crate) use spte_core::raw::check_output;
 
 /// 51:12, the widest address field there is.
 pub const ADDRESS: u64 = bit_range(51, 12);
@@ -184,17 +180,6 @@ pub(crate) const fn address_field(level: Level) -> u64 {
         3 => bit_range(51, 30),
         _ => 0,
     }
-}
-
-/// Whether `output` fits an address field of `bits` bits and is a multiple of `align`.
-pub(crate) fn check_output(output: OutputAddr, align: u64, bits: u8) -> Result<u64, FormatError> {
-    if !output.is_aligned(align) {
-        return Err(FormatError::Unaligned { output, align });
-    }
-    if output.as_u64() >> bits != 0 {
-        return Err(FormatError::OutputTooWide { output, bits: u32::from(bits) });
-    }
-    Ok(output.as_u64())
 }
 
 /// A link stands above the leaf level of a table with this shape.

@@ -8,6 +8,7 @@
 
 use notifier_core::OutputAddr;
 use spte_core::format::{EntryError, Format, Level};
+pub use spte_core::raw::HardwareKind;
 
 use crate::{
     bits::{ADDRESS, PAGE_SIZE, address_field, ept, long_mode},
@@ -16,30 +17,6 @@ use crate::{
     memtype::EptMemoryType,
     software::{self, AccessedDirty, MMU_PRESENT, WriteBits},
 };
-
-/// What an entry is to hardware, whoever wrote it. [`Kind`](spte_core::format::Kind) is what it is to this crate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum HardwareKind {
-    /// Not present: any access faults.
-    NotPresent,
-    /// Any access through it ends in a misconfiguration or a reserved-bit fault, for this reason. MMIO entries are
-    /// such.
-    Impossible(EntryError),
-    /// A link to the table at this address.
-    Table(OutputAddr),
-    /// A translation.
-    Leaf,
-}
-
-/// Refuses the entry for those of `bits` that are set in `wrong`.
-fn refuse(level: Level, raw: u64, wrong: u64, rule: &'static str) -> Result<(), EntryError> {
-    if wrong == 0 { Ok(()) } else { Err(EntryError { raw, number: level.get() as i8, rule, bits: wrong }) }
-}
-
-/// Refuses the entry, naming `bits`, unless `holds`.
-fn require(level: Level, raw: u64, holds: bool, bits: u64, rule: &'static str) -> Result<(), EntryError> {
-    if holds { Ok(()) } else { Err(EntryError { raw, number: level.get() as i8, rule, bits }) }
-}
 
 /// Whether the entry ends the translation, in a table of well-formed entries.
 fn is_leaf(level: Level, raw: u64) -> bool {
@@ -57,7 +34,7 @@ fn page_size(format: &impl Format, level: Level, raw: u64) -> Result<(), EntryEr
         3 => "bit 7 is reserved at level 3 where the processor has no 1G pages",
         _ => "bit 7 is reserved at levels 4 and 5",
     };
-    require(level, raw, allowed || raw & PAGE_SIZE == 0, PAGE_SIZE, rule)
+    EntryError::require(level.get() as i8, raw, allowed || raw & PAGE_SIZE == 0, PAGE_SIZE, rule)
 }
 
 impl Ept {
@@ -86,18 +63,23 @@ impl Ept {
         }
         let readable = raw & ept::READ != 0;
         let write = raw & ept::WRITE;
-        refuse(level, raw, if readable { 0 } else { write }, "an entry that is not readable must not be writable")?;
+        EntryError::refuse(
+            level.get() as i8,
+            raw,
+            if readable { 0 } else { write },
+            "an entry that is not readable must not be writable",
+        )?;
         let options = self.options();
         let execute = raw & ept::EXECUTE;
         let execute_only = if readable || options.execute_only { 0 } else { execute };
-        refuse(level, raw, execute_only, "execute-only needs a processor that supports it")?;
+        EntryError::refuse(level.get() as i8, raw, execute_only, "execute-only needs a processor that supports it")?;
         if options.mode_based_execute {
             let user = if readable { 0 } else { raw & ept::USER_EXECUTE };
-            refuse(level, raw, user, "user-mode execute needs read")?;
+            EntryError::refuse(level.get() as i8, raw, user, "user-mode execute needs read")?;
         }
         page_size(self, level, raw)?;
-        refuse(
-            level,
+        EntryError::refuse(
+            level.get() as i8,
             raw,
             raw & ADDRESS & !self.physical(),
             "address bits above the physical address width are reserved",
@@ -105,24 +87,35 @@ impl Ept {
         if is_leaf(level, raw) {
             let number = ((raw & ept::MEMORY_TYPE) >> ept::MEMORY_TYPE_SHIFT) as u8;
             let known = EptMemoryType::from_number(number).is_some();
-            require(level, raw, known, ept::MEMORY_TYPE, "memory types 2, 3 and 7 are reserved")?;
+            EntryError::require(
+                level.get() as i8,
+                raw,
+                known,
+                ept::MEMORY_TYPE,
+                "memory types 2, 3 and 7 are reserved",
+            )?;
             let low = ADDRESS & !address_field(level);
-            refuse(level, raw, raw & low, "address bits below the size of the page are reserved")
+            EntryError::refuse(
+                level.get() as i8,
+                raw,
+                raw & low,
+                "address bits below the size of the page are reserved",
+            )
         } else {
             let reserved = ept::MEMORY_TYPE | ept::IGNORE_PAT;
-            refuse(level, raw, raw & reserved, "bits 6:3 of a link are reserved")
+            EntryError::refuse(level.get() as i8, raw, raw & reserved, "bits 6:3 of a link are reserved")
         }
     }
 
     pub(crate) fn check_entry(&self, level: Level, raw: u64) -> Result<(), EntryError> {
-        if software::nothing(raw, self.hardware_bits()).is_some() || self.mmio().is_mmio(raw) {
+        if software::nothing(raw, self.facts()).is_some() || self.mmio().is_mmio(raw) {
             return Ok(());
         }
         self.check_hardware(level, raw)?;
         let present = self.is_hardware_present(raw);
         if raw & MMU_PRESENT == 0 {
-            return require(
-                level,
+            return EntryError::require(
+                level.get() as i8,
                 raw,
                 !present,
                 self.present_bits(),
@@ -130,8 +123,8 @@ impl Ept {
             );
         }
         let tracked = self.is_tracked(raw) && raw & software::ept::SAVED != 0 && is_leaf(level, raw);
-        require(
-            level,
+        EntryError::require(
+            level.get() as i8,
             raw,
             present || tracked,
             MMU_PRESENT,
@@ -142,44 +135,71 @@ impl Ept {
             self.check_hardware(level, self.restored(raw)).map_err(|why| EntryError { raw, ..why })?;
         }
         let ad = AccessedDirty::from_bits(raw) == Some(self.options().accessed_dirty);
-        require(level, raw, ad, software::ept::AD_TYPE, "the accessed/dirty type must be the table's")?;
+        EntryError::require(
+            level.get() as i8,
+            raw,
+            ad,
+            software::ept::AD_TYPE,
+            "the accessed/dirty type must be the table's",
+        )?;
         let suppress = raw & ept::SUPPRESS_VE == self.suppress_ve();
-        require(level, raw, suppress, ept::SUPPRESS_VE, "suppress-#VE must be as the table has it")?;
+        EntryError::require(
+            level.get() as i8,
+            raw,
+            suppress,
+            ept::SUPPRESS_VE,
+            "suppress-#VE must be as the table has it",
+        )?;
         if !tracked {
-            refuse(level, raw, raw & software::ept::SAVED, "only a tracked leaf has saved rights")?;
+            EntryError::refuse(
+                level.get() as i8,
+                raw,
+                raw & software::ept::SAVED,
+                "only a tracked leaf has saved rights",
+            )?;
         }
         if self.options().mode_based_execute {
             let both = ept::EXECUTE | ept::USER_EXECUTE;
             let equal = matches!(raw & both, 0) || raw & both == both;
-            require(level, raw, equal, both, "supervisor and user execute go together")?;
+            EntryError::require(level.get() as i8, raw, equal, both, "supervisor and user execute go together")?;
         }
         let writes = WriteBits::EPT;
         if !is_leaf(level, raw) {
             let foreign = writes.host | writes.mmu | software::ept::DIRTY_FACT | software::ept::EXECUTE_WITHHELD;
-            return refuse(level, raw, raw & foreign, "a link has no software bits of a leaf");
+            return EntryError::refuse(level.get() as i8, raw, raw & foreign, "a link has no software bits of a leaf");
         }
-        require(
-            level,
+        EntryError::require(
+            level.get() as i8,
             raw,
             writes.state(raw).is_some(),
             writes.all(),
             "W needs MMU-writable, and MMU-writable needs host-writable",
         )?;
         let unreadable = raw & writes.mmu != 0 && self.restored(raw) & ept::READ == 0;
-        refuse(level, raw, if unreadable { writes.mmu } else { 0 }, "MMU-writable needs R, or a saved R")?;
+        EntryError::refuse(
+            level.get() as i8,
+            raw,
+            if unreadable { writes.mmu } else { 0 },
+            "MMU-writable needs R, or a saved R",
+        )?;
         let fact = raw & software::ept::DIRTY_FACT;
         let misplaced = self.options().accessed_dirty == AccessedDirty::Enabled || raw & ept::WRITE != 0;
-        refuse(level, raw, if misplaced { fact } else { 0 }, "the dirty fact stands in for W where D is not used")?;
+        EntryError::refuse(
+            level.get() as i8,
+            raw,
+            if misplaced { fact } else { 0 },
+            "the dirty fact stands in for W where D is not used",
+        )?;
         let withheld = raw & software::ept::EXECUTE_WITHHELD;
         let misplaced = !self.withholds_execute(level) || self.executes(raw);
-        refuse(
-            level,
+        EntryError::refuse(
+            level.get() as i8,
             raw,
             if misplaced { withheld } else { 0 },
             "execute is withheld from larger leaves under the mitigation only",
         )?;
-        require(
-            level,
+        EntryError::require(
+            level.get() as i8,
             raw,
             !(self.withholds_execute(level) && self.executes(raw)),
             ept::EXECUTE,
@@ -213,19 +233,39 @@ impl<U: Usage> LongModeFormat<U> {
         let options = self.options();
         page_size(self, level, raw)?;
         let width = ADDRESS & !self.physical() & !self.encryption_bit();
-        refuse(level, raw, raw & width, "address bits above the physical address width are reserved")?;
+        EntryError::refuse(
+            level.get() as i8,
+            raw,
+            raw & width,
+            "address bits above the physical address width are reserved",
+        )?;
         if !options.no_execute {
-            refuse(level, raw, raw & long_mode::NO_EXECUTE, "NX is reserved while EFER.NXE is clear")?;
+            EntryError::refuse(
+                level.get() as i8,
+                raw,
+                raw & long_mode::NO_EXECUTE,
+                "NX is reserved while EFER.NXE is clear",
+            )?;
         }
         if is_leaf(level, raw) {
             let pat = if level == Level::LEAF { 0 } else { long_mode::PAT_HUGE };
             let low = ADDRESS & !address_field(level) & !pat;
-            refuse(level, raw, raw & low, "address bits below the size of the page, but for PAT, are reserved")?;
+            EntryError::refuse(
+                level.get() as i8,
+                raw,
+                raw & low,
+                "address bits below the size of the page, but for PAT, are reserved",
+            )?;
         } else if options.link_global_reserved && level.get() >= 3 {
-            refuse(level, raw, raw & long_mode::GLOBAL, "bit 8 of a link at levels 3 to 5 is reserved")?;
+            EntryError::refuse(
+                level.get() as i8,
+                raw,
+                raw & long_mode::GLOBAL,
+                "bit 8 of a link at levels 3 to 5 is reserved",
+            )?;
         }
-        require(
-            level,
+        EntryError::require(
+            level.get() as i8,
             raw,
             !U::NESTED || raw & long_mode::USER != 0,
             long_mode::USER,
@@ -234,14 +274,14 @@ impl<U: Usage> LongModeFormat<U> {
     }
 
     pub(crate) fn check_entry(&self, level: Level, raw: u64) -> Result<(), EntryError> {
-        if software::nothing(raw, self.hardware_bits()).is_some() || self.is_mmio(raw) {
+        if software::nothing(raw, self.facts()).is_some() || self.is_mmio(raw) {
             return Ok(());
         }
         self.check_hardware(level, raw)?;
         let present = raw & long_mode::PRESENT != 0;
         let marked = raw & MMU_PRESENT != 0;
         let bits = MMU_PRESENT | long_mode::PRESENT;
-        require(level, raw, present == marked, bits, "MMU-present is set exactly where P is")?;
+        EntryError::require(level.get() as i8, raw, present == marked, bits, "MMU-present is set exactly where P is")?;
         if !present {
             return Ok(());
         }
@@ -249,24 +289,24 @@ impl<U: Usage> LongModeFormat<U> {
         let withheld = raw & software::long_mode::EXECUTE_WITHHELD;
         if !is_leaf(level, raw) {
             let foreign = writes.host | writes.mmu | withheld;
-            return refuse(level, raw, raw & foreign, "a link has no software bits of a leaf");
+            return EntryError::refuse(level.get() as i8, raw, raw & foreign, "a link has no software bits of a leaf");
         }
-        require(
-            level,
+        EntryError::require(
+            level.get() as i8,
             raw,
             writes.state(raw).is_some(),
             writes.all(),
             "W needs MMU-writable, and MMU-writable needs host-writable",
         )?;
         let misplaced = !self.withholds_execute(level) || self.executes(raw);
-        refuse(
-            level,
+        EntryError::refuse(
+            level.get() as i8,
             raw,
             if misplaced { withheld } else { 0 },
             "execute is withheld from larger leaves under the mitigation only",
         )?;
-        require(
-            level,
+        EntryError::require(
+            level.get() as i8,
             raw,
             !(self.withholds_execute(level) && self.executes(raw)),
             long_mode::NO_EXECUTE,

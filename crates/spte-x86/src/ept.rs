@@ -13,7 +13,7 @@
 
 use notifier_core::{Access, OutputAddr};
 use spte_core::format::{
-    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, Touch, Transition, WriteProtect,
+    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, NotPresent, Touch, Transition, WriteProtect,
 };
 
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
     memtype::EptAttrs,
     mmio::MmioLayout,
     registers::EptCapabilities,
-    software::{self, ABSENT, AccessedDirty, CLAIM, CLAIMED, DEAD, MMU_PRESENT, WriteBits, WriteState},
+    software::{self, AccessedDirty, CLAIM, MMU_PRESENT, NOT_PRESENT, WriteBits, WriteState},
     transition::View,
 };
 
@@ -160,6 +160,16 @@ impl Ept {
         self.options.nx_huge_pages && level > Level::LEAF
     }
 
+    /// Accessed and dirty, and where hardware has no dirty bit the fact that stands in for it: leaves that differ in these say
+    /// the same but for facts, and merge.
+    pub(crate) fn facts(&self) -> u64 {
+        let fact = match self.options.accessed_dirty {
+            AccessedDirty::Enabled => 0,
+            AccessedDirty::Disabled | AccessedDirty::WriteProtectOnly => software::ept::DIRTY_FACT,
+        };
+        ept::ACCESSED | ept::DIRTY | fact
+    }
+
     /// Both kinds of execute, where there are two.
     fn execute_bits(&self) -> u64 {
         self.present_bits() & !(ept::READ | ept::WRITE)
@@ -280,26 +290,14 @@ impl Format for Ept {
         &self.geometry
     }
 
-    fn absent(&self) -> u64 {
-        ABSENT
-    }
-    fn claimed(&self) -> u64 {
-        CLAIMED
-    }
-    fn dead(&self) -> u64 {
-        DEAD
+    fn not_present(&self, _level: Level) -> NotPresent {
+        NOT_PRESENT
     }
     fn claim_bit(&self) -> u64 {
         CLAIM
     }
-    /// Accessed and dirty, and where hardware has no dirty bit the fact that stands in for it: leaves that differ in these say
-    /// the same but for facts, and merge.
-    fn hardware_bits(&self) -> u64 {
-        let fact = match self.options.accessed_dirty {
-            AccessedDirty::Enabled => 0,
-            AccessedDirty::Disabled | AccessedDirty::WriteProtectOnly => software::ept::DIRTY_FACT,
-        };
-        ept::ACCESSED | ept::DIRTY | fact
+    fn hardware_bits(&self, _level: Level, _raw: u64) -> u64 {
+        self.facts()
     }
 
     /// By MMU-presence, and never by hardware's bits: an entry of somebody else's that is present to hardware alone is
@@ -307,7 +305,7 @@ impl Format for Ept {
     /// special too, and so is never followed. A zero is absent.
     fn kind(&self, level: Level, raw: u64) -> Kind {
         if raw & MMU_PRESENT == 0 {
-            software::nothing(raw, self.hardware_bits()).unwrap_or(Kind::Special)
+            software::nothing(raw, self.facts()).unwrap_or(Kind::Special)
         } else if level == Level::LEAF {
             Kind::Leaf
         } else if raw & PAGE_SIZE == 0 {

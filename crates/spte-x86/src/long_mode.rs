@@ -15,14 +15,14 @@ use core::{fmt, marker::PhantomData};
 
 use notifier_core::{Access, OutputAddr};
 use spte_core::format::{
-    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, Touch, Transition, WriteProtect,
+    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, NotPresent, Touch, Transition, WriteProtect,
 };
 
 use crate::{
     bits::{self, ADDRESS, Levels, OptionsError, PAGE_SIZE, address_field, bit_range, long_mode},
     memtype::{LongModeAttrs, PatSelector, ProtectionKey, pat_bit},
     mmio::MmioLayout,
-    software::{self, ABSENT, CLAIM, CLAIMED, DEAD, MMU_PRESENT, WriteBits, WriteState},
+    software::{self, CLAIM, MMU_PRESENT, NOT_PRESENT, WriteBits, WriteState},
     transition::View,
 };
 
@@ -206,6 +206,11 @@ impl<U: Usage> LongModeFormat<U> {
         self.options.nx_huge_pages && level > Level::LEAF
     }
 
+    /// Accessed and dirty.
+    pub(crate) fn facts(&self) -> u64 {
+        long_mode::ACCESSED | long_mode::DIRTY
+    }
+
     pub(crate) fn executes(&self, raw: u64) -> bool {
         raw & long_mode::NO_EXECUTE == 0
     }
@@ -313,20 +318,14 @@ impl<U: Usage> Format for LongModeFormat<U> {
         &self.geometry
     }
 
-    fn absent(&self) -> u64 {
-        ABSENT
-    }
-    fn claimed(&self) -> u64 {
-        CLAIMED
-    }
-    fn dead(&self) -> u64 {
-        DEAD
+    fn not_present(&self, _level: Level) -> NotPresent {
+        NOT_PRESENT
     }
     fn claim_bit(&self) -> u64 {
         CLAIM
     }
-    fn hardware_bits(&self) -> u64 {
-        long_mode::ACCESSED | long_mode::DIRTY
+    fn hardware_bits(&self, _level: Level, _raw: u64) -> u64 {
+        self.facts()
     }
 
     /// By MMU-presence, and never by P: an entry of somebody else's is [`Kind::Special`], and
@@ -334,7 +333,7 @@ impl<U: Usage> Format for LongModeFormat<U> {
     /// too, and so is never followed. A zero is absent.
     fn kind(&self, level: Level, raw: u64) -> Kind {
         if raw & MMU_PRESENT == 0 {
-            software::nothing(raw, self.hardware_bits()).unwrap_or(Kind::Special)
+            software::nothing(raw, self.facts()).unwrap_or(Kind::Special)
         } else if level == Level::LEAF {
             Kind::Leaf
         } else if raw & PAGE_SIZE == 0 {

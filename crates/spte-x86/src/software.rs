@@ -27,7 +27,7 @@
 //! the guest. Each pair differs in at least four. Linux has bit 63 for the first and `0x8000_0000_0000_05a0` for
 //! what corresponds to the two others; that value has bits 5, 8 and 10, which ours must avoid.
 
-use spte_core::format::Kind;
+use spte_core::format::{Kind, NotPresent};
 
 use crate::bits;
 
@@ -44,14 +44,12 @@ pub const CLAIMED: u64 = 0xd540_0000_0000_0000;
 /// An entry of an unlinked table: bit 63 and 61, 57, 53, 52.
 pub const DEAD: u64 = 0xa230_0000_0000_0000;
 
-/// Which of the three values `raw` is, bits in `ignored` left out.
+pub(crate) const NOT_PRESENT: NotPresent = NotPresent { absent: ABSENT, claimed: CLAIMED, dead: DEAD };
+
+/// Which of the three values `raw` is, bits in `ignored` left out. A zero is absent too.
 pub(crate) const fn nothing(raw: u64, ignored: u64) -> Option<Kind> {
-    match raw & !(ignored | CLAIM) {
-        0 | ABSENT => Some(Kind::Absent),
-        CLAIMED => Some(Kind::Claimed),
-        DEAD => Some(Kind::Dead),
-        _ => None,
-    }
+    let ignored = ignored | CLAIM;
+    if raw & !ignored == 0 { Some(Kind::Absent) } else { NOT_PRESENT.kind(raw, ignored) }
 }
 
 /// Software bits of EPT entries.

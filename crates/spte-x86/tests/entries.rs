@@ -6,7 +6,7 @@ mod common;
 use common::*;
 use notifier_core::{Access, OutputAddr};
 use proptest::prelude::*;
-use spte_core::format::{Format, FormatError, Kind, LeafSpec, Level, Touch, Transition, WriteProtect};
+use spte_core::format::{Format, FormatError, Kind, LeafSpec, Level, NotPresent, Touch, Transition, WriteProtect};
 use spte_x86::software::{CLAIM, MMU_PRESENT};
 use spte_x86::*;
 
@@ -155,7 +155,7 @@ fn touch_rules<F: X86>(format: &F, level: Level, leaf: u64) -> Result<(), TestCa
                 prop_assert!(before.access.contains(access) && !(access.writable() && before.armed));
                 prop_assert!(format.is_young(level, after));
                 prop_assert!(!access.writable() || format.is_dirty(level, after));
-                let hardware = format.hardware_bits();
+                let hardware = format.hardware_bits(level, leaf);
                 prop_assert_eq!(after & !hardware, leaf & !hardware, "hardware writes nothing else");
             }
             Touch::AccessFlag => {
@@ -329,17 +329,19 @@ fn subsets(bits: u64) -> Vec<u64> {
 }
 
 fn three_values<F: X86>(format: &F) {
-    let values = [(format.absent(), Kind::Absent), (format.claimed(), Kind::Claimed), (format.dead(), Kind::Dead)];
+    let NotPresent { absent, claimed, dead } = format.not_present(Level::LEAF);
+    let values = [(absent, Kind::Absent), (claimed, Kind::Claimed), (dead, Kind::Dead)];
     for (value, kind) in values {
+        let facts = format.hardware_bits(Level::LEAF, value);
         for other in values.iter().filter(|other| other.0 != value) {
-            let apart = (value ^ other.0) & !format.hardware_bits() & !format.claim_bit();
+            let apart = (value ^ other.0) & !facts & !format.claim_bit();
             assert!(apart.count_ones() >= 4, "{value:#x} is near {:#x}", other.0);
         }
         // All that hardware and ageing may write in either format, and bit 10, which is a right with mode-based
         // execute.
-        for written in subsets(format.hardware_bits()) {
+        for written in subsets(facts) {
             for n in 1..=5 {
-                for raw in [value | written, (value & !format.hardware_bits()) | written] {
+                for raw in [value | written, (value & !facts) | written] {
                     assert_eq!(format.kind(level(n), raw), kind, "{raw:#x}");
                     assert_eq!(format.hardware(level(n), raw), HardwareKind::NotPresent);
                     assert_eq!(format.check(level(n), raw), Ok(()));
@@ -544,7 +546,13 @@ fn flushes_are_owed_for_what_is_taken_away() {
     assert_eq!(owed(rx, r), Transition::FLUSH);
     assert_eq!(owed(r, rwx), Transition::FREE);
     // Presence.
-    for gone in [ept.absent(), ept.claimed(), ept.dead(), 0x6, 0] {
+    for gone in [
+        ept.not_present(Level::LEAF).absent,
+        ept.not_present(Level::LEAF).claimed,
+        ept.not_present(Level::LEAF).dead,
+        0x6,
+        0,
+    ] {
         assert_eq!(owed(r, gone), Transition::FLUSH);
         assert_eq!(owed(table(0), gone), Transition::FLUSH);
         assert_eq!(owed(gone, rwx), Transition::FREE);
@@ -565,7 +573,7 @@ fn flushes_are_owed_for_what_is_taken_away() {
     assert_eq!(owed(r, r & !0x40), Transition::FLUSH);
     assert_eq!(owed(r, r ^ 0x40_0000), Transition::FLUSH);
     // Somebody else's entry may be cached.
-    assert_eq!(owed(0x20_00b7, ept.absent()), Transition::FLUSH);
+    assert_eq!(owed(0x20_00b7, ept.not_present(Level::LEAF).absent), Transition::FLUSH);
     assert_eq!(owed(0x20_00b7, 0x20_00b7), Transition::FREE);
 }
 
@@ -581,7 +589,7 @@ fn a_stale_write_after_ageing_is_told() {
     assert!(!ept.is_dirty(L1, clean) && ept.is_tracked(clean));
     assert_eq!(ept.transition(L1, old, clean), Transition::FLUSH);
     // A tracked leaf that goes away may still be in a TLB.
-    assert_eq!(ept.transition(L1, clean, ept.absent()), Transition::FLUSH);
+    assert_eq!(ept.transition(L1, clean, ept.not_present(Level::LEAF).absent), Transition::FLUSH);
 }
 
 #[test]

@@ -7,7 +7,7 @@ mod common;
 
 use common::{L1, level};
 use notifier_core::{Access, OutputAddr};
-use spte_core::format::{Format, LeafSpec, WriteProtect};
+use spte_core::format::{Format, LeafSpec, Level, WriteProtect};
 use spte_x86::*;
 
 fn ept() -> Ept {
@@ -96,8 +96,8 @@ fn write_protect_only_has_type_two_and_no_use_of_dirty() {
 
 #[test]
 fn values_that_hold_nothing() {
-    assert_eq!(ept().absent(), 0x8000_0000_0000_0000);
-    assert_eq!(npt().absent(), 0x8000_0000_0000_0000);
+    assert_eq!(ept().not_present(Level::LEAF).absent, 0x8000_0000_0000_0000);
+    assert_eq!(npt().not_present(Level::LEAF).absent, 0x8000_0000_0000_0000);
     // Linux's frozen value is a stranger's: special, neither present nor one of ours.
     assert_eq!(ept().kind(L1, 0x8000_0000_0000_05a0), spte_core::format::Kind::Special);
 }

@@ -17,7 +17,8 @@
 
 use notifier_core::{Access, OutputAddr};
 use spte_core::format::{
-    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, LevelShape, Touch, Transition, WriteProtect,
+    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, LevelShape, NotPresent, Touch, Transition,
+    WriteProtect,
 };
 
 pub(crate) const PRESENT: u64 = 1;
@@ -172,28 +173,14 @@ impl Format for Tiny {
     fn geometry(&self) -> &Geometry {
         &self.geometry
     }
-    fn absent(&self) -> u64 {
-        ABSENT
-    }
-    fn claimed(&self) -> u64 {
-        CLAIMED
-    }
-    fn dead(&self) -> u64 {
-        DEAD
-    }
-    fn absent_at(&self, level: Level) -> u64 {
-        ABSENT | self.place_of_nothing(level)
-    }
-    fn claimed_at(&self, level: Level) -> u64 {
-        CLAIMED | self.place_of_nothing(level)
-    }
-    fn dead_at(&self, level: Level) -> u64 {
-        DEAD | self.place_of_nothing(level)
+    fn not_present(&self, level: Level) -> NotPresent {
+        let place = self.place_of_nothing(level);
+        NotPresent { absent: ABSENT | place, claimed: CLAIMED | place, dead: DEAD | place }
     }
     fn claim_bit(&self) -> u64 {
         if self.claim { CLAIM } else { 0 }
     }
-    fn hardware_bits(&self) -> u64 {
+    fn hardware_bits(&self, _: Level, _: u64) -> u64 {
         ACCESSED | DIRTY
     }
 
@@ -201,14 +188,10 @@ impl Format for Tiny {
         assert_ne!(raw, POISON, "{}: read an entry of a page that is free", self.name);
         assert_ne!(raw, POISON.swap_bytes(), "{}: read an entry of a page that is free", self.name);
         if raw & PRESENT == 0 {
-            let place = self.place_of_nothing(level);
-            let raw = raw & !self.hardware_bits();
-            return match raw ^ place {
-                _ if raw == 0 && place == 0 => Kind::Absent,
-                ABSENT => Kind::Absent,
-                CLAIMED => Kind::Claimed,
-                DEAD => Kind::Dead,
-                _ => Kind::Special,
+            let facts = self.hardware_bits(level, raw);
+            return match self.not_present(level).kind(raw, facts) {
+                None if raw & !facts == 0 && self.place_of_nothing(level) == 0 => Kind::Absent,
+                nothing => nothing.unwrap_or(Kind::Special),
             };
         }
         if level == Level::LEAF || raw & LEAF != 0 { Kind::Leaf } else { Kind::Table(Self::output(raw)) }

@@ -148,7 +148,7 @@ impl Recorder {
         let all = |dead: u64| {
             slice(page.own, page.bytes).iter().all(|entry| self.format.raw_of(entry.load()) & !ignored == dead)
         };
-        (1..=3).filter_map(Level::new).any(|level| all(self.format.dead_at(level)))
+        (1..=3).filter_map(Level::new).any(|level| all(self.format.not_present(level).dead))
     }
 }
 

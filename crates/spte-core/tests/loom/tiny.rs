@@ -6,7 +6,8 @@
 
 use notifier_core::{Access, OutputAddr};
 use spte_core::format::{
-    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, LevelShape, Touch, Transition, WriteProtect,
+    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, LevelShape, NotPresent, Touch, Transition,
+    WriteProtect,
 };
 
 /// Bytes of a page.
@@ -131,23 +132,15 @@ impl Format for Tiny {
         &self.geometry
     }
 
-    fn absent(&self) -> u64 {
-        0
-    }
-
-    fn claimed(&self) -> u64 {
-        CLAIMED
-    }
-
-    fn dead(&self) -> u64 {
-        DEAD
+    fn not_present(&self, _: Level) -> NotPresent {
+        NotPresent { absent: 0, claimed: CLAIMED, dead: DEAD }
     }
 
     fn claim_bit(&self) -> u64 {
         self.claim_bit
     }
 
-    fn hardware_bits(&self) -> u64 {
+    fn hardware_bits(&self, _: Level, _: u64) -> u64 {
         ACCESSED | DIRTY
     }
 

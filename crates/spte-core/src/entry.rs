@@ -130,6 +130,12 @@ impl<'p> Cell<'p> {
         }
     }
 
+    /// The bits that may differ between `old` and the same entry as it is kept: the facts of a leaf. In anything else these
+    /// bits say something (of a link, perhaps where its table is), and another value is another entry.
+    fn facts_in<F: Format>(&self, format: &F, old: u64) -> u64 {
+        if format.kind(self.level, old) == Kind::Leaf { format.hardware_bits(self.level, old) } else { 0 }
+    }
+
     /// Turns `old` into `new` in one step, if it is still `old`. For changes that need no check.
     ///
     /// # Errors
@@ -142,7 +148,7 @@ impl<'p> Cell<'p> {
         // `old` may have facts that only the mirror has: the kept entry is compared without regard to them.
         let kept = format.raw_of(self.own.load());
         let facts = format.hardware_bits(self.level, old);
-        if (kept ^ old) & !facts != 0 {
+        if (kept ^ old) & !self.facts_in(format, old) != 0 {
             return Err(self.load(format));
         }
         let Some(claim) = self.claim(format, kept) else { return Err(self.load(format)) };
@@ -169,7 +175,7 @@ impl<'p> Cell<'p> {
             Some(_) => format.raw_of(self.own.load()),
             None => old,
         };
-        if (kept ^ old) & !format.hardware_bits(self.level, old) != 0 {
+        if (kept ^ old) & !self.facts_in(format, old) != 0 {
             return None;
         }
         let claimed = if soft { kept | format.claim_bit() } else { format.not_present(self.level).claimed };
@@ -197,7 +203,7 @@ impl<'p> Cell<'p> {
         let leaf = format.kind(self.level, old) == Kind::Leaf;
         // With a mirror, `old` may have facts that the kept entry does not have.
         let kept = format.raw_of(self.own.load());
-        if (kept ^ old) & !format.hardware_bits(self.level, old) != 0 {
+        if (kept ^ old) & !self.facts_in(format, old) != 0 {
             return Err(kept);
         }
         let exchanged =

@@ -196,6 +196,20 @@ fn fixes_repeat_the_last_invalidation() {
     assert_eq!(with(true, false), [&first[..], &erat, &tail].concat());
     assert_eq!(with(false, true), [&first[..], &queue, &tail].concat());
     assert_eq!(with(true, true), [&first[..], &erat, &queue, &tail].concat());
+    // Of several addresses any may have stayed in the ERAT: all of LPID 0, and not the last address alone.
+    let pages = range(0x1_0000, 0x2_0000, Some(L1), false);
+    let several = steps(&format, TlbFixes { erat: true, store_queue: true }, &[pages], false);
+    let named = [Step::Ptesync, Step::Tlbie(va(0x1_00a0)), Step::Tlbie(va(0x2_00a0))];
+    let erat = [Step::Ptesync, Step::Tlbie(Tlbie { rb: 0x800, rs: 0, ric: Ric::Tlb })];
+    let queue = [Step::Ptesync, Step::Tlbie(va(0x2_00a0))];
+    assert_eq!(several, [&named[..], &erat, &queue, &tail].concat());
+    let one = range(0x1_0000, 0x1_0000, Some(L1), true);
+    let after_a_link = steps(&format, TlbFixes { erat: true, store_queue: false }, &[one], false);
+    assert_eq!(
+        after_a_link[3..5],
+        [Step::Ptesync, Step::Tlbie(Tlbie { rs: 0, ..va(0x1_00a0) })],
+        "one address after all"
+    );
     // Of all of a partition: its translations.
     let all = steps(&format, TlbFixes { erat: true, store_queue: false }, &[], true);
     assert_eq!(all[2..4], [Step::Ptesync, Step::Tlbie(Tlbie { rb: 0x800, rs: 0, ric: Ric::Tlb })]);

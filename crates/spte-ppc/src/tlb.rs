@@ -36,9 +36,12 @@ use crate::radix::Radix;
 /// What the processors need beyond the architecture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct TlbFixes {
-    /// An invalidation may leave the ERAT as it is: another one, for LPID 0, makes up for it.
+    /// An invalidation may leave the ERAT as it is, where `mtlpidr` runs beside it: another one, for LPID 0, makes up for it; of
+    /// the same address, or of all of LPID 0 after more than one. (Linux, 047e6575aec7 "Fixup tlbie vs mtpidr/mtlpidr ordering
+    /// issue on POWER9": `fixup_tlbie_lpid_va` and `fixup_tlbie_va_range`.)
     pub erat: bool,
-    /// An invalidation may pass stores in a store queue: the last one is made twice.
+    /// An invalidation may pass stores in a store queue: the last one is made twice. (Linux, a5d4b5891c2f; mended in Nimbus
+    /// DD2.3 and Cumulus DD1.3.)
     pub store_queue: bool,
 }
 
@@ -153,6 +156,8 @@ pub struct Steps<'a> {
     walked: bool,
     /// The last invalidation of translations, for the fixes.
     last: Option<Tlbie>,
+    /// There was another one before it.
+    several: bool,
     at: At,
 }
 
@@ -161,7 +166,18 @@ impl<'a> Steps<'a> {
     pub fn new(format: &'a Radix, fixes: TlbFixes, lpid: u32, request: &FlushRequest<'a>) -> Self {
         let ranges = request.ranges;
         let at = if request.all || !ranges.is_empty() { At::Begin } else { At::End };
-        Self { format, fixes, lpid, ranges, next: first(ranges), whole: request.all, walked: false, last: None, at }
+        Self {
+            format,
+            fixes,
+            lpid,
+            ranges,
+            next: first(ranges),
+            whole: request.all,
+            walked: false,
+            last: None,
+            several: false,
+            at,
+        }
     }
 
     /// The next invalidation.
@@ -188,6 +204,7 @@ impl<'a> Steps<'a> {
             self.ranges = &self.ranges[1..];
             self.next = first(self.ranges);
         }
+        self.several |= self.last.is_some();
         self.last = Some(tlbie);
         Some(tlbie)
     }
@@ -230,6 +247,7 @@ impl Iterator for Steps<'_> {
         let (step, at) = match self.at {
             At::Begin => (Step::Ptesync, At::Ranges),
             At::Fixes => (Step::Ptesync, At::Erat),
+            At::Erat if self.several => (Step::Tlbie(Tlbie::partition(0, Ric::Tlb)), At::QueueSync),
             At::Erat => (self.again(0), At::QueueSync),
             At::QueueSync => (Step::Ptesync, At::Queue),
             At::Queue => (self.again(self.lpid), At::Eieio),

@@ -123,6 +123,8 @@ pub(crate) fn flavours() -> Vec<Tiny> {
         Tiny { name: "mirror", mirror: true, ..base },
         Tiny { name: "mirror-no-claim", mirror: true, claim: false, ..base },
         Tiny { name: "mirror-break", mirror: true, change: strict, ..base },
+        Tiny { name: "mirror-late", mirror: true, late: true, ..base },
+        Tiny { name: "mirror-late-break-no-claim", mirror: true, late: true, claim: false, change: strict, ..base },
     ]
 }
 

@@ -136,6 +136,22 @@ impl<'p> Cell<'p> {
         if format.kind(self.level, old) == Kind::Leaf { format.hardware_bits(self.level, old) } else { 0 }
     }
 
+    /// Facts that hardware left late in the mirror of `raw`, which is no leaf (any more) and not claimed.
+    pub(crate) fn late_in_mirror<F: Format>(&self, format: &F, raw: u64) -> u64 {
+        match (self.mirror, view(format, self.level, raw)) {
+            (Some(mirror), View::Absent | View::Dead | View::Table(_)) if format.late_facts() => {
+                self.late_over(format, raw, format.raw_of(mirror.load()))
+            }
+            _ => 0,
+        }
+    }
+
+    /// The facts in `seen`, from the mirror, that `raw` can have beside what it says: none that make another entry of it.
+    fn late_over<F: Format>(&self, format: &F, raw: u64, seen: u64) -> u64 {
+        let late = seen & format.hardware_bits(self.level, raw) & !raw;
+        if format.kind(self.level, raw | late) == format.kind(self.level, raw) { late } else { 0 }
+    }
+
     /// Turns `old` into `new` in one step, if it is still `old`. For changes that need no check.
     ///
     /// # Errors
@@ -200,7 +216,11 @@ impl<'p> Cell<'p> {
     /// # Errors
     /// The value found instead; nothing was written.
     pub(crate) fn kill<F: Format>(&self, format: &F, old: u64) -> Result<u64, u64> {
-        let leaf = format.kind(self.level, old) == Kind::Leaf;
+        let has_facts = match format.kind(self.level, old) {
+            Kind::Leaf => true,
+            Kind::Absent => format.late_facts(),
+            _ => false,
+        };
         // With a mirror, `old` may have facts that the kept entry does not have.
         let kept = format.raw_of(self.own.load());
         if (kept ^ old) & !self.facts_in(format, old) != 0 {
@@ -212,7 +232,7 @@ impl<'p> Cell<'p> {
         // Once the kept entry is DEAD nobody else writes the mirror, but for hardware and the guest.
         if let Some(mirror) = self.mirror {
             let seen = format.raw_of(mirror.swap(format.memory_of(format.not_present(self.level).absent)));
-            if leaf {
+            if has_facts {
                 was |= seen & format.hardware_bits(self.level, old);
             }
         }
@@ -272,6 +292,13 @@ impl Claim<'_> {
                         full = format.merge_facts(level, new, level, full_old);
                         mirror.set(format.memory_of(full & format.hardware_bits(level, full)));
                     }
+                } else if format.late_facts() && matches!(format.kind(level, self.old), Kind::Absent | Kind::Table(_)) {
+                    let late = self.cell.late_over(format, self.old, facts);
+                    full_old |= late;
+                    if new == self.old {
+                        // Given back: they stay until they are collected.
+                        mirror.set(format.memory_of(late));
+                    }
                 }
             }
             match own.compare_exchange(format.memory_of(found), format.memory_of(full)) {
@@ -306,6 +333,12 @@ impl Claim<'_> {
             self.old |= facts;
         }
         self.old
+    }
+
+    /// Takes the facts that hardware left late in the mirror of an absent entry or a link.
+    pub(crate) fn take_late<F: Format>(&self, format: &F) -> u64 {
+        let Some(mirror) = self.cell.mirror else { return 0 };
+        self.cell.late_over(format, self.old, format.raw_of(mirror.swap(format.memory_of(self.old))))
     }
 
     /// As if nothing had been claimed.

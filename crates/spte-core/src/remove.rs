@@ -355,6 +355,16 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 }
                 continue;
             }
+            // Once: a guest may write there again and again. Those of an unlinked table are collected with it.
+            if cell.late_in_mirror(format, raw) != 0 && view(format, cell.level, raw) != View::Dead {
+                if let Some(claim) = cell.claim(format, raw) {
+                    let late = claim.take_late(format);
+                    claim.give_back(format);
+                    if late != 0 {
+                        self.report_span(&cell);
+                    }
+                }
+            }
             if let Some(child) = self.linked(&pin, &cell, raw) {
                 node = child;
             } else {
@@ -366,7 +376,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     /// Reports facts that hardware left in an unlinked table.
     pub(crate) fn collect_late_of(&self, node: Node<'_>) {
         for cell in node.cells() {
-            if self.late_bits(cell.level, cell.load(&self.format)) != 0 {
+            let raw = cell.load(&self.format);
+            if self.late_bits(cell.level, raw) | cell.late_in_mirror(&self.format, raw) != 0 {
                 self.report_span(&cell);
             }
         }

@@ -547,7 +547,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let flushed = batch.finish(false);
         // The pin keeps the table in being: facts that came until the flush go into the leaf.
         for child in node.cells() {
-            let late = self.late_bits(below, child.load(format));
+            let raw = child.load(format);
+            let late = self.late_bits(below, raw) | child.late_in_mirror(format, raw);
             leaf = format.merge_facts(level, leaf, below, format.split(level, whole, 0) | late);
         }
         if let Err(source) = flushed {

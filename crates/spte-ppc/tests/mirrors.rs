@@ -97,14 +97,12 @@ unsafe impl PageSource for Pages {
 }
 
 /// A processor that stores C, and R, into a word while a flush is under way.
-#[derive(Default)]
-struct Late(Mutex<Option<Once>>);
+#[derive(Clone, Default)]
+struct Late(Arc<Mutex<Option<Once>>>);
 
-struct Flushes(Arc<Late>);
-
-impl Flush for Flushes {
+impl Flush for Late {
     fn flush(&self, _: &FlushRequest<'_>) -> Result<(), FlushError> {
-        let meanwhile = self.0.0.lock().unwrap().take();
+        let meanwhile = self.0.lock().unwrap().take();
         if let Some(meanwhile) = meanwhile {
             meanwhile();
         }
@@ -114,8 +112,10 @@ impl Flush for Flushes {
 
 struct Machine {
     space: Space,
-    table: Arc<Table<Radix, Pages, Flushes>>,
+    table: Arc<Table<Radix, Pages, Late>>,
     pages: Arc<Pages>,
+    late: Late,
+    heard: Arc<Mutex<Vec<GpaRange>>>,
 }
 
 fn range(start: u64, len: u64) -> GpaRange {
@@ -124,12 +124,14 @@ fn range(start: u64, len: u64) -> GpaRange {
 
 impl Machine {
     fn new() -> (Arc<Self>, notifier_core::Subscription) {
-        let space = Space::builder().page_size(PAGE).unwrap().private_reclaim().build();
-        let pages = Arc::new(Pages::default());
-        let flush = Flushes(Arc::default());
-        let table = Table::new(&space, radix(BasePage::K64), Arc::clone(&pages), flush).unwrap();
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&heard);
+        let sink = move |range: GpaRange| sink.lock().unwrap().push(range);
+        let space = Space::builder().page_size(PAGE).unwrap().private_reclaim().dirty_sink(sink).build();
+        let (pages, late) = (Arc::new(Pages::default()), Late::default());
+        let table = Table::new(&space, radix(BasePage::K64), Arc::clone(&pages), late.clone()).unwrap();
         let subscription = space.subscribe(Arc::clone(&table)).unwrap();
-        (Arc::new(Self { space, table, pages }), subscription)
+        (Arc::new(Self { space, table, pages, late, heard }), subscription)
     }
 
     fn map(&self, at: u64, output: u64) {
@@ -138,6 +140,41 @@ impl Machine {
         let mut walker = self.space.walker();
         let resolved = walker.fault(guest).unwrap().resolve(|_| Ok::<_, std::io::Error>(extent)).unwrap();
         resolved.install(|admission| self.table.map(admission, &MapOptions::default())).unwrap();
+    }
+
+    /// The word of the mirror that decides about `at`, at this level.
+    fn mirrored(&self, at: u64, number: u8) -> &'static Entry {
+        let (format, rows) = (self.table.format(), self.table.walk(Gpa::new(at)));
+        let table = match number {
+            4 => self.table.root(),
+            _ => rows
+                .iter()
+                .find_map(|row| match row.kind {
+                    Kind::Table(child) if row.level.get() == number + 1 => Some(child),
+                    _ => None,
+                })
+                .unwrap(),
+        };
+        let mirror = self.pages.0.lock().unwrap().tables[&table.as_u64()].1;
+        // SAFETY: inside the page, which is never given back.
+        unsafe { mirror.add(format.geometry().index(level(number), at)).as_ref() }
+    }
+
+    /// During the next flush a processor stores C, and R, into the word that it walked for `at`.
+    fn stores_late(&self, at: u64) {
+        let (word, facts) = (self.mirrored(at, 1), self.table.format().memory_of(0x180));
+        let store = move || {
+            let mut found = word.load();
+            while let Err(other) = word.compare_exchange(found, found | facts) {
+                found = other;
+            }
+        };
+        *self.late.0.lock().unwrap() = Some(Box::new(store));
+    }
+
+    /// What was said to be written since this was last asked.
+    fn heard(&self) -> Vec<GpaRange> {
+        std::mem::take(&mut *self.heard.lock().unwrap())
     }
 
     /// The leaf table for address 0, if there is one.
@@ -178,4 +215,56 @@ fn a_link_to_the_table_beside_it_is_another_link() {
     }
     let state = machine.pages.0.lock().unwrap();
     assert_eq!(state.freed_twice, [0; 0]);
+}
+
+#[test]
+fn what_a_processor_stores_late_into_a_mirror_is_told() {
+    let (machine, subscription) = Machine::new();
+    machine.map(0, 0x8_0000);
+    machine.stores_late(0);
+    machine.table.unmap(range(0, PAGE)).unwrap();
+    assert_eq!(machine.heard(), [range(0, PAGE)]);
+    assert_eq!(machine.mirrored(0, 1).load(), 0, "and the mirror is clean again");
+    // With its table too.
+    machine.map(0, 0x8_0000);
+    machine.stores_late(0);
+    machine.table.unmap(range(0, LARGE)).unwrap();
+    assert_eq!(machine.heard(), [range(0, PAGE)]);
+    // A fact that somebody else's flush leaves behind is found by who fills the entry, or takes its table.
+    let facts = machine.table.format().memory_of(0x180);
+    machine.map(PAGE, 0x9_0000);
+    machine.mirrored(0, 1).store(facts);
+    machine.map(0, 0x8_0000);
+    assert_eq!(machine.heard(), [range(0, PAGE)]);
+    machine.table.unmap(range(0, 2 * PAGE)).unwrap();
+    machine.mirrored(0, 1).store(facts);
+    assert_eq!(machine.table.trim(range(0, LARGE)), Ok(3));
+    assert_eq!(machine.heard(), [range(0, PAGE)]);
+    drop(subscription);
+}
+
+/// Bit 8 of a link is an address bit, also where a guest has written it.
+#[test]
+fn what_a_guest_writes_into_the_mirror_of_a_link_is_no_fact() {
+    let (machine, subscription) = Machine::new();
+    for at in [0, PAGE, LARGE] {
+        machine.map(at, 0x10_0000 + at);
+    }
+    // One of the two links has the bit, and loses it; the other gets it.
+    let links = [0, LARGE].map(|at| machine.table.walk(Gpa::new(at))[2].raw);
+    assert_eq!(links[0] ^ links[1], 0x100);
+    for at in [0, LARGE] {
+        let word = machine.mirrored(at, 2);
+        word.store(word.load() ^ machine.table.format().memory_of(0x180));
+    }
+    machine.table.unmap(range(PAGE, PAGE)).unwrap();
+    machine.table.unmap(range(LARGE, PAGE)).unwrap();
+    assert_eq!(machine.heard(), []);
+    assert_eq!([0, LARGE].map(|at| machine.table.walk(Gpa::new(at))[2].raw), links);
+    assert_eq!(machine.table.entry(Gpa::new(0)).unwrap().kind, Kind::Leaf);
+    machine.table.check().unwrap();
+    // The next change of the link puts it right.
+    assert_eq!(machine.table.trim(range(LARGE, LARGE)), Ok(1));
+    assert_eq!(machine.mirrored(LARGE, 2).load(), 0);
+    drop(subscription);
 }

@@ -239,6 +239,25 @@ fn three_values_survive_every_hardware_write() {
     }
 }
 
+/// Walkers leave them out, and so does all that is made of such a leaf, which somebody else wrote.
+#[test]
+fn rpn_bits_below_the_size_of_a_leaf_say_nothing() {
+    for format in both() {
+        for (number, clean) in [(2, 0xc000_0000_8020_0105_u64), (3, 0xc000_0000_8000_0105)] {
+            let (level, stray) = (level(number), (format.geometry().span(level(number)) - 1) & !0xfff);
+            let raw = clean | stray;
+            let output = OutputAddr::new(clean & 0x01ff_ffff_ffff_f000);
+            assert_eq!(format.spec(level, raw).output, output);
+            assert_eq!(format.transition(level, raw, clean), Transition::FREE);
+            for index in [0, 1, 31] {
+                assert_eq!(format.split(level, raw, index), format.split(level, clean, index));
+            }
+            let moved = format.set_spte(level, raw, OutputAddr::new(0x4000_0000)).unwrap();
+            assert_eq!(moved, 0xc000_0000_4000_0105, "none of them is ORed in");
+        }
+    }
+}
+
 #[test]
 fn an_invalid_entry_is_never_interpreted() {
     let format = radix(BasePage::K64);

@@ -57,6 +57,17 @@ fn the_partition_table_has_room_for_so_many() {
 }
 
 #[test]
+fn every_address_bit_of_a_register_counts() {
+    let top = OutputAddr::new(0x0fff_0000_0000_0000);
+    assert_eq!(Ptcr::new(top, 16).map(|ptcr| (ptcr.raw(), ptcr.base())), Ok((0x0fff_0000_0000_0004, top)));
+    assert_eq!(Ptcr::from_raw(0x0fff_0000_0000_0004).map(Ptcr::base), Ok(top));
+    let root = Root::from_raw(0x4000_0000_0000_00ad | top.as_u64()).unwrap();
+    assert_eq!(root.base(), top);
+    let entry = PartitionEntry::from_raw(1 << 63 | root.raw(), 1 << 63 | top.as_u64() | 4).unwrap();
+    assert_eq!((entry.root(), entry.process_table()), (root, (top.as_u64(), 0x1_0000)));
+}
+
+#[test]
 fn registers_refuse_what_is_reserved() {
     let unaligned = |base, align| Err(RegisterError::Unaligned { base: OutputAddr::new(base), align });
     let format = radix(BasePage::K4);
@@ -85,6 +96,12 @@ fn registers_refuse_what_is_reserved() {
     assert!(matches!(Ptcr::new(OutputAddr::new(0), 11), Err(RegisterError::TableSize { log2: 11 })));
     assert!(matches!(Ptcr::new(OutputAddr::new(0), 37), Err(RegisterError::TableSize { log2: 37 })));
     assert!(matches!(Ptcr::new(OutputAddr::new(0), 200), Err(RegisterError::TableSize { .. })));
+    assert_eq!(Ptcr::new(OutputAddr::new(0x7_1000), 16).map(|_| ()), unaligned(0x7_1000, 0x1_0000));
+    assert_eq!(
+        PartitionEntry::new(&format, ROOT, 0x4000_1000, 13).map(|_| ()),
+        unaligned(0x4000_1000, 0x2000),
+        "a table is aligned to its size"
+    );
     assert!(matches!(Ptcr::new(OutputAddr::new(1 << 60), 12), Err(RegisterError::TooWide { bits: 60, .. })));
 }
 
@@ -158,6 +175,11 @@ fn every_leaf_of_a_range_is_named_with_its_size() {
     assert_eq!(named(&format, &two, false), [va(0x1_00a0), va(0x20_0020)]);
     // A part of a leaf names the leaf.
     assert_eq!(named(&format, &[range(0x21_0000, 0x1_0000, Some(level(2)), false)], false), [va(0x20_0020)]);
+    // From inside one leaf to inside the next.
+    assert_eq!(
+        named(&format, &[range(0x21_0000, 2 << 20, Some(level(2)), false)], false),
+        [va(0x20_0020), va(0x40_0020)]
+    );
     // More than is worth it.
     assert_eq!(named(&format, &[range(0, 64 << 20, Some(L1), false)], false), [ALL]);
     assert_eq!(named(&format, &[range(0, 32 << 20, Some(L1), false)], false).len(), 512);

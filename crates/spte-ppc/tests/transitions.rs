@@ -99,4 +99,5 @@ fn what_becomes_invalid_is_flushed_and_what_was_invalid_costs_nothing() {
     let foreign = LINK ^ 0xc;
     assert_eq!(format.transition(level(2), foreign, 0), FLUSH);
     assert_eq!(format.transition(level(2), foreign, LINK), BREAK);
+    assert_eq!(format.transition(level(2), foreign, foreign), FREE);
 }

@@ -51,7 +51,8 @@ pub const EXECUTE: u64 = 1 << 0;
 pub const NLB: u64 = bit_range(59, 8);
 /// IBM bits 59:63 of a directory entry: NLS, log2 of the next table's entries.
 pub const NLS: u64 = bit_range(4, 0);
-/// IBM bits 2:3 and 56:58 of a directory entry: reserved (Linux: `RADIX_PMD_BAD_BITS`, and L).
+/// IBM bits 2:3 and 56:58 of a directory entry: reserved (Linux: `RADIX_PMD_BAD_BITS`, with L and without IBM bit 3, which lies
+/// outside QEMU's `R_PDE_NLB` and every field of gem5's `Rpde`).
 pub const LINK_RESERVED: u64 = bit_range(61, 60) | bit_range(7, 5);
 
 /// The most bits that RPN holds.

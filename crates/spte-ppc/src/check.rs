@@ -5,7 +5,8 @@
 //! bits, shapes of trees that they do not have, addresses that are too wide, and nothing for an entry that is not valid. It is the one
 //! for trees that somebody else wrote, together with [`HardwareKind`]. `Format::check` asks that first and then this
 //! crate's own rules, which are the bits of [`software`](crate::software), that writing implies reading as in Linux, that
-//! the privileged bit is clear, and that RPN has no bits below the leaf's size (walkers leave them out).
+//! the privileged bit is clear, and that RPN has no bits below the leaf's size (QEMU's walker leaves them out; Linux's, for guests that
+//! are hypervisors, refuses the leaf: `kvmppc_mmu_walk_radix_tree`; what a processor does was found nowhere).
 //!
 //! Not every broken rule is an interrupt: reserved bits may be ignored by one processor and mean something to the next. A wrong NLS
 //! is one (QEMU: `DSISR_R_BADCONFIG`; Linux: `DSISR_UNSUPP_MMU`).

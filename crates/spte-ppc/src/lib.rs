@@ -59,13 +59,15 @@
 //! | words are big-endian in memory, whatever the host is | `entries_are_big_endian_in_memory`, `a_table_in_memory_is_big_endian` |
 //! | base pages of 4K and 64K, 2M and 1G in both; leaf tables of 512 and of 32 entries | `addresses_are_cut_as_worked_out_by_hand`, `there_is_one_shape_of_tree_for_each_base_page` |
 //! | a leaf table of 64K pages has 256 bytes, and lies at any multiple of them | `tables_of_256_bytes_lie_at_every_multiple`, `links_are_as_worked_out_by_hand` |
-//! | leaves as the manual draws them | `leaves_are_as_worked_out_by_hand`, `a_leaf_says_what_it_was_built_from` |
+//! | leaves as the manual draws them | `leaves_are_as_worked_out_by_hand`, `a_leaf_says_what_it_was_built_from`, `rpn_bits_below_the_size_of_a_leaf_say_nothing` |
 //! | NLS is the next level's bits; another is refused and never followed | `a_directory_entry_of_another_shape_is_not_followed`, `a_link_is_an_address_and_its_size` |
 //! | RTS in two pieces; partition and process entries, PTCR | `the_size_of_a_tree_is_in_two_pieces`, `partition_entries_are_as_worked_out_by_hand`, `process_entries_are_roots`, `the_partition_table_has_room_for_so_many` |
-//! | PRTS above 24, hash partitions, other shapes of tree are refused | `registers_refuse_what_is_reserved` |
+//! | PRTS above 24, hash partitions, other shapes of tree are refused | `registers_refuse_what_is_reserved`, `every_address_bit_of_a_register_counts` |
 //! | R and C alone are an empty entry | `three_values_survive_every_hardware_write` |
 //! | an update keeps R and C that come meanwhile | `touch_sets_referenced_and_changed`, `i12_no_write_is_lost` |
 //! | C that comes after the entry was taken away, until the flush, is told | `a_late_change_after_an_unmap_is_told`, `a_late_change_during_change_pte_is_told_for_the_old_page`, `a_late_reference_during_change_pte_stays_with_the_page`, `a_late_change_during_a_split_goes_to_the_pages` |
+//! | bit 8 is R in a leaf and an address bit in a link: no link is taken for the one beside it, with mirrors either | `a_link_to_the_table_beside_it_is_another_link`, `what_a_guest_writes_into_the_mirror_of_a_link_is_no_fact` |
+//! | with mirrors C that comes late is told too | `what_a_processor_stores_late_into_a_mirror_is_told`, `a_late_fact_stays_when_a_claim_is_given_back` |
 //! | unmapping a dirty leaf reports all of it | `a_dirty_large_leaf_is_reported_whole` |
 //! | invalidations carry the AP of the leaf, and its aligned address; several sizes take the whole partition | `operands_are_as_worked_out_by_hand`, `every_leaf_of_a_range_is_named_with_its_size`, `a_range_of_several_sizes_takes_the_partition` |
 //! | the page-walk cache is flushed before a table goes | `a_link_that_goes_takes_the_page_walk_cache_first`, `an_unmapped_table_is_flushed_with_its_link` |

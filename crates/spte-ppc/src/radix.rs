@@ -41,9 +41,10 @@ impl Default for RadixOptions {
 ///
 /// The ISA lets a processor set R and C in the entry, or interrupt where they would have to be set. POWER9 interrupts, in both
 /// scopes (its User's Manual, 4.10.13.1, as QEMU quotes it: "target/ppc: Generate storage interrupts for radix RC changes"; to
-/// Linux that is `DSISR_SET_RC`, and `kvmppc_hv_handle_set_rc` sets them and retries). Here `touch` sets them, as a
-/// processor of the other kind and the handler do; and as such a processor may do so until the flush, R and C are
-/// read once more after it.
+/// Linux that is `DSISR_SET_RC`, and `kvmppc_hv_handle_set_rc` sets them and retries). What POWER10 does was found nowhere. Here
+/// `touch` sets them, as a processor of the other kind and the handler do; and as such a processor may do so until the flush, R and
+/// C are read once more after it. That it may, in an entry that is invalid by then, rests on one comment of Linux's alone
+/// (`RADIX_PTE_NONE_MASK`, older than any machine); no processor is known to do it.
 ///
 /// # Where Linux does otherwise, and why
 ///

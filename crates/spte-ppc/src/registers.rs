@@ -280,7 +280,7 @@ impl PartitionEntry {
 pub struct Ptcr(u64);
 
 impl Ptcr {
-    /// A partition table of `1 << log2` bytes at `base`, which is aligned to them. (POWER9 wants 64K: 16.)
+    /// A partition table of `1 << log2` bytes at `base`, which is aligned to them. (POWER9 wants 64K, 16; Linux, `PATB_SIZE_SHIFT`.)
     ///
     /// # Errors
     /// [`RegisterError::TableSize`], [`RegisterError::Unaligned`], [`RegisterError::TooWide`].

@@ -14,7 +14,9 @@
 //! | PRS | 0: partition-scoped |
 //! | R | 1: radix |
 //!
-//! (AP as firmware says it, `ibm,processor-radix-AP-encodings`: skiboot and QEMU have these four.)
+//! (AP as firmware says it, `ibm,processor-radix-AP-encodings`: skiboot's `add_core_common` and QEMU's `helper_tlbie_isa300` have these
+//! four. In the instruction RIC is IBM bits 12:13, PRS 14, R 15: skiboot, `cleanup_global_tlb`, whose RIC 2, PRS 1, R 1 is 0x7c0b1a64. RIC
+//! 1 and 2 with IS 0 are invalid forms.)
 //!
 //! - **AP is the size of the leaf that went**, or the TLB keeps it. Where a range had leaves of several sizes, or nobody
 //!   knows, the whole partition goes.
@@ -22,11 +24,14 @@
 //!   (there is none by address) comes before its table is used again, and before the addresses of its range, so that no walk
 //!   through the old table can fill the TLB again behind them.
 //! - **PRS 0 is all that Linux asks for** after a change of a partition-scoped entry (`kvmppc_radix_tlbie_page`): so what combines
-//!   both scopes has to go with it. (Inferred from that, and not read in the ISA.)
+//!   both scopes has to go with it. (Inferred from that. The ISA's own description, as of 3.1B, knows entries of one scope or of the
+//!   other alone: an entry goes whose `entry_process_scoped` is PRS, with the LPID, the address and the actual page size. It says
+//!   nothing of combinations, which are then an implementation's affair.)
 //! - POWER9 has two faults that need more (`fixup_tlbie_lpid_va`, `CPU_FTR_P9_TLBIE_ERAT_BUG`, `CPU_FTR_P9_TLBIE_STQ_BUG`):
 //!   [`TlbFixes`].
 //!
-//! A hypervisor that is a guest itself has no partition-scoped `tlbie`; it asks by `H_TLB_INVALIDATE`, with the same RB and RS.
+//! A hypervisor that is a guest itself has no partition-scoped `tlbie`; it asks by `H_TLB_INVALIDATE`, with the same RB and RS, or by its
+//! successor `H_RPT_INVALIDATE`, which takes a range and page sizes.
 
 use spte_core::format::{Format, Level};
 use spte_core::{FlushRange, FlushRequest};

@@ -32,12 +32,20 @@
 //! | valid to invalid | no | yes |
 //! | invalid to anything | no | no: what is invalid is in no TLB |
 //!
-//! Sources: Power ISA 3.0, Book III, 5.10.1.2 "Modifying a Translation Table Entry", which lets "add access authorities" do
-//! without a `tlbie` (quoted so by OpenBSD, `sys/arch/powerpc64/powerpc64/db_memrw.c`); Linux: `kvmppc_unmap_pte`,
-//! `kvmppc_radix_tlbie_page`, `kvm_age_radix` (no flush), `kvm_radix_test_clear_dirty`, `kvmppc_create_pte` (rights
-//! that rise are not flushed); `_tlbie_lpid_va` in `arch/powerpc/mm/book3s64/radix_tlb.c` (the barriers). Linux has no place
-//! that changes the frame number of a valid radix entry. **That the ISA asks for the whole order where the output changes was not
-//! read in it**: it is inferred from these, and is the careful choice either way.
+//! Sources, for what the ISA says: Power ISA 3.1B, Book III, 6.10.1.2 "Modifying a Translation Table Entry", as Linux quotes it
+//! (`arch/powerpc/include/asm/book3s/64/tlbflush.h`): "If the only change being made to a valid PTE that is subject to atomic
+//! hardware updates is to set the Reference or Change bit to 1 or to upgrade access authority, a simpler sequence suffices because
+//! the translation hardware will refetch the PTE". So neither of these two owes a flush, and nothing else has that exemption. (In 3.0 it is
+//! 5.10.1.2, "add access authorities": OpenBSD, `sys/arch/powerpc64/powerpc64/db_memrw.c`. The nest MMU of POWER9 does not
+//! refetch, against the ISA: where accelerators use the tree, a right added is flushed too, which is not done here.)
+//! The general sequence, which a change of the output is left to, is **not quoted anywhere that was read for radix**. For hashed
+//! entries and their ancestors it is the whole order, V zero, `ptesync`, `tlbie`, `eieio; tlbsync; ptesync`, then the new entry (hostboot,
+//! `PageTableManager::writePTE`; MPC7400 User's Manual, 5.4.6, "Code for Modifying a Page Table Entry": "First delete the current page
+//! table entry"); that it is the same for radix is inferred, and is the careful choice either way.
+//!
+//! For what is done: Linux, `kvmppc_unmap_pte`, `kvmppc_radix_tlbie_page`, `kvm_age_radix` (no flush), `kvm_radix_test_clear_dirty`,
+//! `kvmppc_create_pte` (rights that rise are not flushed); `_tlbie_lpid_va` in `arch/powerpc/mm/book3s64/radix_tlb.c` (the
+//! barriers). Linux has no place that changes the frame number of a valid radix entry.
 
 use spte_core::format::Transition;
 

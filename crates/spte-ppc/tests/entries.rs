@@ -239,7 +239,7 @@ fn three_values_survive_every_hardware_write() {
     }
 }
 
-/// Walkers leave them out, and so does all that is made of such a leaf, which somebody else wrote.
+/// QEMU's walker leaves them out, and so does all that is made of such a leaf, which somebody else wrote.
 #[test]
 fn rpn_bits_below_the_size_of_a_leaf_say_nothing() {
     for format in both() {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use common::*;
 use notifier_core::{Access, AddrRange, Extent, Gpa, GpaRange, OutputAddr, Space};
 use spte_core::{
-    Entry, Flush, FlushError, FlushRequest, MapOptions, OutOfPages, PageSource, Table, TableLayout,
+    Entry, Flush, FlushError, FlushRequest, MapError, MapOptions, OutOfPages, PageSource, Table, TableLayout,
     format::{Format, Kind},
 };
 use spte_ppc::*;
@@ -240,6 +240,26 @@ fn what_a_processor_stores_late_into_a_mirror_is_told() {
     machine.mirrored(0, 1).store(facts);
     assert_eq!(machine.table.trim(range(0, LARGE)), Ok(3));
     assert_eq!(machine.heard(), [range(0, PAGE)]);
+    drop(subscription);
+}
+
+/// Who claims the entry and gives it back leaves the fact to who collects it.
+#[test]
+fn a_late_fact_stays_when_a_claim_is_given_back() {
+    let (machine, subscription) = Machine::new();
+    machine.map(PAGE, 0x9_0000);
+    let facts = machine.table.format().memory_of(0x180);
+    let guest = range(0, PAGE);
+    let extent = Extent { guest, output: OutputAddr::new(0x8_0000), access: Access::RWX };
+    let mut walker = machine.space.walker();
+    let resolved = walker.fault(guest).unwrap().resolve(|_| Ok::<_, std::io::Error>(extent)).unwrap();
+    machine.space.zap(guest).unwrap().close().unwrap();
+    machine.mirrored(0, 1).store(facts);
+    let overtaken = resolved.install(|admission| machine.table.map(admission, &MapOptions::default()));
+    assert!(matches!(overtaken, Err(MapError::Retry(_))));
+    assert_eq!((machine.mirrored(0, 1).load(), machine.heard()), (facts, vec![]));
+    machine.map(0, 0x8_0000);
+    assert_eq!(machine.heard(), [guest]);
     drop(subscription);
 }
 

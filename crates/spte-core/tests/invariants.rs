@@ -383,6 +383,32 @@ fn i12_late_facts_are_told_too() {
     }
 }
 
+/// Where the flush fails, hardware goes on writing facts: also between the last look at a claimed leaf and the moment in which it is
+/// given up.
+#[test]
+fn i12_a_fact_that_comes_after_a_failed_flush_is_told() {
+    for format in flavours().into_iter().filter(|format| format.late && format.breaks() && !format.mirror) {
+        let rig = Rig::new(format);
+        rig.map(0, BIG, &large()).unwrap();
+        let (cached, pages) = (cached_leaf(&rig, 0), Arc::clone(&rig.pages));
+        let before = pages.flushes.load(Ordering::SeqCst);
+        rig.pages.fail_flush_in(0);
+        common::format::AT_ABSENT.set(Some(Box::new(move || {
+            let found = cached.load();
+            if pages.flushes.load(Ordering::SeqCst) > before {
+                let dirty = format.memory_of(common::format::DIRTY);
+                cached.compare_exchange(found, found | dirty).unwrap();
+            }
+        })));
+        rig.table.split(range(0, BIG)).unwrap_err();
+        common::format::AT_ABSENT.set(None);
+        rig.space.zap(range(0, BIG)).unwrap().close().unwrap();
+        assert!(rig.was_reported(0), "{}", format.name);
+        rig.verify();
+        rig.end();
+    }
+}
+
 fn cached_leaf(rig: &Rig, at: u64) -> &'static spte_core::Entry {
     let format = rig.format;
     let (mut level, mut table) = (format.geometry.top(), rig.table.root());

@@ -15,6 +15,8 @@
 //! | 60 | keeps absent entries from being zero |
 //! | 61, 62, 63 | not present: DEAD, CLAIMED, special |
 
+use std::cell::RefCell;
+
 use notifier_core::{Access, OutputAddr};
 use spte_core::format::{
     EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, LevelShape, NotPresent, Touch, Transition,
@@ -47,6 +49,11 @@ pub(crate) enum Change {
     InPlace,
     /// Break before make; `exempt`: not between equal contents.
     BreakFirst { exempt: bool },
+}
+
+thread_local! {
+    /// What hardware does in the moment in which the engine asks for the value of nothing, on this thread.
+    pub(crate) static AT_ABSENT: RefCell<Option<Box<dyn FnMut()>>> = const { RefCell::new(None) };
 }
 
 /// One member of the family.
@@ -176,6 +183,11 @@ impl Format for Tiny {
         &self.geometry
     }
     fn not_present(&self, level: Level) -> NotPresent {
+        AT_ABSENT.with(|hook| {
+            if let Some(hook) = hook.try_borrow_mut().ok().as_deref_mut().and_then(Option::as_mut) {
+                hook();
+            }
+        });
         let place = self.place_of_nothing(level);
         NotPresent { absent: ABSENT | place, claimed: CLAIMED | place, dead: DEAD | place }
     }

@@ -576,10 +576,11 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let mut batch = Batch::new(self);
         batch.owe();
         let Some(mut claim) = cell.claim(format, raw) else { return Ok(false) };
-        let old = claim.take_away(format);
+        claim.take_away(format);
         batch.add(cell.start, cell.span, Some(cell.level), false);
         if let Err(source) = batch.finish(false) {
-            claim.publish(format, format.not_present(cell.level).absent);
+            // With the facts that came until now.
+            let old = claim.publish(format, format.not_present(cell.level).absent);
             self.report_leaf(cell, old);
             return Err(MapError::Flush { at, source });
         }

@@ -229,7 +229,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         // Again, for facts that came until the flush.
         let old = claim.take_away(format);
         if let Err(error) = flushed {
-            claim.publish(format, format.not_present(cell.level).absent);
+            // Hardware goes on: with the facts that came until now. What comes later is found by who makes up for the flush.
+            let old = claim.publish(format, format.not_present(cell.level).absent);
             self.report_leaf(cell, old);
             return Err(CannotSplit::Flush(error));
         }

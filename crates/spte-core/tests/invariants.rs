@@ -409,6 +409,32 @@ fn i12_a_fact_that_comes_after_a_failed_flush_is_told() {
     }
 }
 
+/// Facts for a leaf that was split in place come into the link, until the flush; who unlinks the table before that takes them along.
+#[test]
+fn i12_late_facts_of_a_link_are_told_by_who_unlinks_it() {
+    for format in flavours().into_iter().filter(|format| format.late && !format.breaks()) {
+        for leaves in [true, false] {
+            let rig = Rig::new(format);
+            rig.map(0, BIG, &large()).unwrap();
+            let link = cached_leaf(&rig, 0);
+            rig.pages.fail_flush_in(0);
+            rig.table.split(range(0, BIG)).unwrap_err();
+            let found = link.load();
+            link.compare_exchange(found, found | format.memory_of(common::format::DIRTY)).unwrap();
+            if leaves {
+                rig.table.unmap(range(0, BIG)).unwrap();
+            } else {
+                (0..4).for_each(|page| _ = rig.table.unmap(range(page * PAGE, PAGE)).unwrap());
+                rig.table.trim(range(0, BIG)).unwrap();
+            }
+            assert!(rig.was_reported(0), "{}", format.name);
+            rig.space.zap(range(0, BIG)).unwrap().close().unwrap();
+            rig.verify();
+            rig.end();
+        }
+    }
+}
+
 fn cached_leaf(rig: &Rig, at: u64) -> &'static spte_core::Entry {
     let format = rig.format;
     let (mut level, mut table) = (format.geometry.top(), rig.table.root());

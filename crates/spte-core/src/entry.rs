@@ -206,7 +206,11 @@ impl<'p> Cell<'p> {
             self.own.compare_exchange(format.memory_of(old), format.memory_of(format.not_present(self.level).claimed));
         exchanged.ok()?;
         if let Some(mirror) = self.mirror {
-            mirror.store(format.memory_of(format.not_present(self.level).absent));
+            let seen = format.raw_of(mirror.swap(format.memory_of(format.not_present(self.level).absent)));
+            if format.late_facts() {
+                // The claimed entry keeps them for who publishes in its place.
+                self.own.set(format.memory_of(self.late_over(format, old, seen)));
+            }
         }
         Some(Claim { cell: *self, old })
     }

@@ -352,9 +352,13 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 }
             }
         }
-        claim.publish(format, format.not_present(cell.level).absent);
+        let was = claim.publish(format, format.not_present(cell.level).absent);
         batch.add(cell.start, cell.span, leaves, true);
         batch.unlink(page, &node);
+        if self.late_bits(cell.level, was) != 0 {
+            // Of a leaf that this link had taken the place of.
+            batch.fact(cell);
+        }
         facts.iter().for_each(|index| batch.fact(&node.cell(index)));
         Unlinked::Gone
     }

@@ -67,7 +67,7 @@
 //! | an update keeps R and C that come meanwhile | `touch_sets_referenced_and_changed`, `i12_no_write_is_lost` |
 //! | C that comes after the entry was taken away, until the flush, is told | `a_late_change_after_an_unmap_is_told`, `a_late_change_during_change_pte_is_told_for_the_old_page`, `a_late_reference_during_change_pte_stays_with_the_page`, `a_late_change_during_a_split_goes_to_the_pages` |
 //! | bit 8 is R in a leaf and an address bit in a link: no link is taken for the one beside it, with mirrors either | `a_link_to_the_table_beside_it_is_another_link`, `what_a_guest_writes_into_the_mirror_of_a_link_is_no_fact` |
-//! | with mirrors C that comes late is told too | `what_a_processor_stores_late_into_a_mirror_is_told`, `a_late_fact_stays_when_a_claim_is_given_back` |
+//! | with mirrors C that comes late is told too | `what_a_processor_stores_late_into_a_mirror_is_told`, `what_a_processor_stores_late_during_a_collapse_goes_to_the_larger_leaf`, `a_late_fact_stays_when_a_claim_is_given_back` |
 //! | unmapping a dirty leaf reports all of it | `a_dirty_large_leaf_is_reported_whole` |
 //! | invalidations carry the AP of the leaf, and its aligned address; several sizes take the whole partition | `operands_are_as_worked_out_by_hand`, `every_leaf_of_a_range_is_named_with_its_size`, `a_range_of_several_sizes_takes_the_partition` |
 //! | the page-walk cache is flushed before a table goes | `a_link_that_goes_takes_the_page_walk_cache_first`, `an_unmapped_table_is_flushed_with_its_link` |

@@ -243,6 +243,20 @@ fn what_a_processor_stores_late_into_a_mirror_is_told() {
     drop(subscription);
 }
 
+#[test]
+fn what_a_processor_stores_late_during_a_collapse_goes_to_the_larger_leaf() {
+    let (machine, subscription) = Machine::new();
+    for at in (0..LARGE).step_by(PAGE as usize) {
+        machine.map(at, 0x4000_0000 + at);
+    }
+    machine.stores_late(3 * PAGE);
+    let whole = range(0, LARGE);
+    assert_eq!(machine.space.admit(whole, |admission| machine.table.collapse(admission, whole).unwrap()).unwrap(), 1);
+    assert_eq!(machine.heard(), []);
+    assert_eq!(machine.table.harvest_dirty(whole).unwrap(), [whole]);
+    drop(subscription);
+}
+
 /// Who claims the entry and gives it back leaves the fact to who collects it.
 #[test]
 fn a_late_fact_stays_when_a_claim_is_given_back() {

@@ -110,6 +110,19 @@ fn all_of_a_guest_goes_by_new_ids() {
 }
 
 #[test]
+fn pairs_are_counted_over_all_ranges_of_a_flush() {
+    let format = table(GpaOptions::default());
+    let two = |second: u64| [part(0, 200 * 0x2000), part(1 << 30, second * 0x2000)];
+    assert_eq!(steps(&format, NONE, &two(56), false).len(), 257);
+    let more = steps(&format, NONE, &two(57), false);
+    assert_eq!(more.len(), 203, "200 probes, and then the rest is not worth it");
+    assert_eq!(more[200..], [Step::DropPair(199 * 0x2000), Step::MarkAsids, Step::Kick]);
+    // As many ranges as a flush may name, none of them large.
+    let many: Vec<FlushRange> = (0..32_u64).map(|at| part(at << 30, 256 * 0x2000)).collect();
+    assert!(steps(&format, BOTH, &many, false).len() < 300);
+}
+
+#[test]
 fn every_index_has_an_entry_hi_of_its_own() {
     for page in PAGES {
         let all: BTreeSet<u64> =

@@ -172,14 +172,15 @@ pub enum Step {
     Kick,
 }
 
-/// The most pairs that are dropped one by one; with more all of the guest goes.
+/// The most pairs that one flush drops one by one; with more all of the guest goes.
 const MOST: u64 = 256;
 
 /// After a trap was resolved, on the processor that took it, before the guest goes on: its TLB may have the half with V clear,
 /// or the right that was missing (Linux: the end of `kvm_vz_handle_mapping`'s callers, `kvm_vz_host_tlb_inv`).
 pub fn filled<O: ByteOrder>(format: &GpaTable<O>, features: TlbFeatures, gpa: u64) -> Steps<'static> {
     let at = At::Sync;
-    Steps { pair_bytes: format.pair_bytes(), features, ranges: &[], next: format.vpn2(gpa), left: 1, whole: false, at }
+    let (next, most) = (format.vpn2(gpa), 0);
+    Steps { pair_bytes: format.pair_bytes(), features, ranges: &[], next, left: 1, most, whole: false, at }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -205,6 +206,8 @@ pub struct Steps<'a> {
     next: u64,
     /// Pairs left of the range that is begun.
     left: u64,
+    /// Pairs that ranges which are not begun may have, all together.
+    most: u64,
     whole: bool,
     at: At,
 }
@@ -215,10 +218,10 @@ impl<'a> Steps<'a> {
         let pair_bytes = format.pair_bytes();
         let named = request.all || !request.ranges.is_empty();
         let at = if named { At::Sync } else { At::End };
-        Self { pair_bytes, features, ranges: request.ranges, next: 0, left: 0, whole: request.all, at }
+        Self { pair_bytes, features, ranges: request.ranges, next: 0, left: 0, most: MOST, whole: request.all, at }
     }
 
-    /// Begins the next range, where nothing is left of the last.
+    /// Begins the next range, where nothing is left of the last; where it has too many pairs, all goes.
     fn begin(&mut self) {
         if let (0, Some((range, rest))) = (self.left, self.ranges.split_first()) {
             let (start, end) = (range.range.start().as_u64(), range.range.end().as_u64());
@@ -226,6 +229,10 @@ impl<'a> Steps<'a> {
             // Whole pairs, at both ends.
             self.left = (end - self.next).div_ceil(self.pair_bytes);
             self.ranges = rest;
+            match self.most.checked_sub(self.left) {
+                Some(most) => self.most = most,
+                None => (self.left, self.ranges, self.whole) = (0, &[], true),
+            }
         }
     }
 }
@@ -243,9 +250,6 @@ impl Iterator for Steps<'_> {
             At::Select if guest_ids => (Step::SelectGuest, At::Pairs),
             At::Select | At::Pairs => {
                 self.begin();
-                if self.left > MOST {
-                    (self.left, self.ranges, self.whole) = (0, &[], true);
-                }
                 match (self.left, guest_ids, walker) {
                     (1.., ..) => {
                         let step = Step::DropPair(self.next);

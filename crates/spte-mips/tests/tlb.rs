@@ -135,6 +135,16 @@ fn every_index_has_an_entry_hi_of_its_own() {
     assert_eq!(unique_entry_hi(PageSize::K16, 3, false), 0xffff_ffff_8001_8000);
 }
 
+#[test]
+fn an_entry_hi_that_hits_nothing_is_in_an_unmapped_segment_whatever_the_index() {
+    for page in PAGES {
+        for index in 0..=u16::MAX {
+            let last = unique_entry_hi(page, index, false) + 2 * page.bytes() - 1;
+            assert!(bits::unmapped(last).is_some(), "{page:?}, index {index}");
+        }
+    }
+}
+
 /// A TLB as hardware has one: what matches twice is a machine check.
 struct Tlb {
     slots: Vec<Pair>,

@@ -24,7 +24,7 @@
 use spte_core::{FlushRange, FlushRequest};
 
 use crate::{
-    bits::{PageSize, bit_range},
+    bits::{CKSEG_BYTES, CKSEG0, PageSize, bit_range},
     gpa::{ByteOrder, GpaTable},
     memtype::Cache,
 };
@@ -98,12 +98,19 @@ impl Pair {
     }
 }
 
-/// An EntryHi that no other index of the TLB has, in ckseg0, where nothing is looked up (Linux: `UNIQUE_ENTRYHI`, `tlb.h`).
-/// `ehinv`: the processor has TLBINV (Config4.IE), so that bit 10 says that the entry is none (QEMU: `CP0EnHi_EHINV`); on
-/// others it is reserved.
-pub const fn unique_entry_hi(page: PageSize, index: u16, ehinv: bool) -> u64 {
-    let unique = 0xffff_ffff_8000_0000 + ((index as u64) << (page.shift() + 1));
-    if ehinv { unique | 1 << 10 } else { unique }
+/// An EntryHi that no other index of the TLB has, in ckseg0, where nothing is looked up (Linux: `UNIQUE_ENTRYHI`, `tlb.h`), and
+/// behind it in ckseg1, where nothing is either. `None` for an index that has no place there, which no TLB is large enough
+/// for: from 32768 on with pages of 16K, from 8192 on with pages of 64K.
+///
+/// `ehinv`: the processor has TLBINV (Config4.IE), so that bit 10 says that the entry is none (Linux: `MIPS_ENTRYHI_EHINV`;
+/// QEMU: `CP0EnHi_EHINV`, `r4k_fill_tlb`); on others it is reserved.
+pub const fn unique_entry_hi(page: PageSize, index: u16, ehinv: bool) -> Option<u64> {
+    let offset = (index as u64) << (page.shift() + 1);
+    if offset >= 2 * CKSEG_BYTES {
+        return None;
+    }
+    let unique = CKSEG0 + offset;
+    Some(if ehinv { unique | 1 << 10 } else { unique })
 }
 
 impl<O: ByteOrder> GpaTable<O> {

@@ -64,8 +64,10 @@
 //! | an old leaf that changes is flushed | `an_old_leaf_may_be_in_a_tlb_and_is_flushed`, `change_pte_of_an_old_leaf_flushes` |
 //! | `change_pte` keeps cache attribute, RI and XI, drops WRITE and MODIFIED | `change_is_read_only_not_upgradable_and_keeps_the_rest` |
 //! | ageing owes no flush, unmapping always does where something was mapped | `ageing_owes_no_flush`, `an_old_leaf_may_be_in_a_tlb_and_is_flushed` |
-//! | EntryHi of what is dropped is another at each index, 0 included | `every_index_has_an_entry_hi_of_its_own` |
+//! | EntryHi of what is dropped is another at each index, 0 included | `every_index_has_an_entry_hi_of_its_own`, `an_entry_hi_that_hits_nothing_is_in_an_unmapped_segment_whatever_the_index` |
 //! | the walker is stopped, and the guest's GuestID selected, around probes | `probes_are_made_with_the_walker_stopped_and_the_guest_selected` |
+//! | a flush of many pairs, in however many ranges, is one of the whole guest | `pairs_are_counted_over_all_ranges_of_a_flush` |
+//! | an instruction cache with virtual tags goes with the pairs | `an_instruction_cache_with_virtual_tags_goes_with_the_pairs` |
 //! | without GuestIDs ASIDs are marked before vCPUs are asked to leave | `all_of_a_guest_goes_by_new_ids` |
 //! | G counts where both halves have it; no entry here is global | `global_takes_both_halves`, `global_and_huge_leaves_are_refused` |
 //! | walker registers, 32- and 64-bit; an index below 12 drops the write | `walker_registers_are_as_worked_out_by_hand`, `an_index_below_twelve_is_refused`, `registers_come_back` |

@@ -14,12 +14,25 @@
 //! 1. the walker stops: it would write TLB registers meanwhile;
 //! 2. with GuestIDs, the root's probes are for the guest's (GuestCtl1.RID);
 //! 3. a probe a pair, and the write where it hits;
-//! 4. the root's own GuestID again, and the walker.
+//! 4. the root's own GuestID again, and the walker;
+//! 5. where the instruction cache has virtual tags, all of it goes: it would go on with what was fetched through the pair.
 //!
 //! All of that on every processor that ran the guest, before the flush returns. The store that took the entry away comes
-//! before it, with a SYNC between. For all of a guest there is less to do: with GuestIDs each vCPU takes a new one, and
+//! before it, with a SYNC between. **A guest has more than one GuestID**: each vCPU has its own, and another on each processor
+//! (Linux: `vzguestid[NR_CPUS]`). Steps 2 and 3 are made for every one that a vCPU of the guest has on the processor. (Linux
+//! has no such case: it probes for the vCPU that trapped, and gives all of them new ones otherwise.)
+//!
+//! For all of a guest there is less to do: with GuestIDs each vCPU takes a new one, and
 //! without, the root's ASID is marked on all processors first, and then vCPUs are asked to leave the guest (Linux:
-//! `kvm_mips_flush_remote_tlbs`, `kvm_vz_prepare_flush_shadow`).
+//! `kvm_arch_flush_remote_tlbs`, `kvm_vz_prepare_flush_shadow`). Neither the probes nor the new number end a walk that is under
+//! way, and a walk writes the TLB with the number that is there when it is done: so the walker is stopped wherever the number
+//! changes (Linux: `switch_mm`. That GuestIDs are like ASIDs in this is inferred).
+//!
+//! **Tables that go need nothing else.** No source that was found has a walker that keeps what it read of a directory beyond one
+//! walk, and there is no instruction that would take it from one: QEMU's reads all of them each time, and Linux frees tables
+//! after no more than the TLB flush, in which the walker is stopped and started again ("we need to restart the HTW": commit
+//! f1014d1b79d0). That this ends all walks that began before is inferred; on it rests that a table is free after the flush.
+//! A refill handler runs with interrupts off, so that a processor that takes part in a flush is in none.
 
 use spte_core::{FlushRange, FlushRequest};
 
@@ -149,10 +162,13 @@ impl<O: ByteOrder> GpaTable<O> {
 /// What the processors can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct TlbFeatures {
-    /// GuestCtl0.G1: root TLB entries are tagged with a GuestID.
+    /// GuestCtl0.RAD is clear: root TLB entries are tagged with a GuestID. (Linux: `cpu_probe_guestctl0`. GuestCtl0.G1 says
+    /// no more than that there is a GuestCtl1.)
     pub guest_ids: bool,
     /// There is a hardware walker.
     pub walker: bool,
+    /// The instruction cache has virtual tags (Config.VI, or as Octeon; Linux: `cpu_has_vtag_icache`).
+    pub virtual_icache: bool,
 }
 
 /// One step of a flush.
@@ -162,7 +178,8 @@ pub enum Step {
     Sync,
     /// PWCtl.PWEn is cleared, and a hazard barrier follows. Nested: by a counter.
     StopWalker,
-    /// GuestCtl1.RID becomes the guest's.
+    /// GuestCtl1.RID, bits 23:16, becomes the guest's (Linux: `MIPS_GCTL1_RID`). Where there are more than one on this processor,
+    /// what follows up to [`Step::SelectRoot`] is done for each.
     SelectGuest,
     /// EntryHi becomes this, with the ASID; TLBP; where Index is not negative, EntryHi becomes [`unique_entry_hi`] of it,
     /// both EntryLo zero, TLBWI.
@@ -171,9 +188,12 @@ pub enum Step {
     SelectRoot,
     /// PWCtl.PWEn is set again, unless somebody else has stopped the walker too.
     StartWalker,
-    /// No vCPU enters the guest again with the GuestID it has: the next one is new.
+    /// All of the instruction cache is invalidated.
+    DropInstructions,
+    /// No vCPU enters the guest again with the GuestID it has: the next one is new, and is set with the walker stopped.
     DropGuestIds,
-    /// Every processor takes a new root ASID before it enters the guest again. Comes before vCPUs are asked to leave.
+    /// Every processor takes a new root ASID before it enters the guest again, with the walker stopped. Comes before vCPUs are
+    /// asked to leave.
     MarkAsids,
     /// vCPUs that are in the guest leave it, and the flush waits until they have.
     Kick,
@@ -183,7 +203,8 @@ pub enum Step {
 const MOST: u64 = 256;
 
 /// After a trap was resolved, on the processor that took it, before the guest goes on: its TLB may have the half with V clear,
-/// or the right that was missing (Linux: the end of `kvm_vz_handle_mapping`'s callers, `kvm_vz_host_tlb_inv`).
+/// or the right that was missing (Linux: the end of `kvm_mips_handle_vz_root_tlb_fault`). Also where there was nothing to
+/// resolve: while an entry of a directory is claimed its pages are not there for a moment, and a TLB may remember that.
 pub fn filled<O: ByteOrder>(format: &GpaTable<O>, features: TlbFeatures, gpa: u64) -> Steps<'static> {
     let at = At::Sync;
     let (next, most) = (format.vpn2(gpa), 0);
@@ -197,6 +218,7 @@ enum At {
     Select,
     Pairs,
     Start,
+    Instructions,
     Whole,
     Kick,
     End,
@@ -248,7 +270,7 @@ impl Iterator for Steps<'_> {
     type Item = Step;
 
     fn next(&mut self) -> Option<Step> {
-        let TlbFeatures { guest_ids, walker } = self.features;
+        let TlbFeatures { guest_ids, walker, virtual_icache } = self.features;
         let whole = if guest_ids { Step::DropGuestIds } else { Step::MarkAsids };
         let (step, at) = match self.at {
             At::Sync if self.whole => (Step::Sync, At::Whole),
@@ -267,6 +289,7 @@ impl Iterator for Steps<'_> {
                     (0, true, _) => (Step::SelectRoot, if walker { At::Start } else { self.after() }),
                     (0, false, true) => (Step::StartWalker, self.after()),
                     (0, false, false) if self.whole => (whole, At::Kick),
+                    (0, false, false) if virtual_icache => (Step::DropInstructions, At::End),
                     (0, false, false) => {
                         self.at = At::End;
                         return None;
@@ -274,6 +297,7 @@ impl Iterator for Steps<'_> {
                 }
             }
             At::Start => (Step::StartWalker, self.after()),
+            At::Instructions => (Step::DropInstructions, At::End),
             At::Whole => (whole, At::Kick),
             At::Kick => (Step::Kick, At::End),
             At::End => return None,
@@ -284,8 +308,12 @@ impl Iterator for Steps<'_> {
 }
 
 impl Steps<'_> {
-    /// What comes when registers are as they were.
+    /// What comes when registers are as they were. New GuestIDs and ASIDs are new for the instruction cache too.
     fn after(&self) -> At {
-        if self.whole { At::Whole } else { At::End }
+        match (self.whole, self.features.virtual_icache) {
+            (true, _) => At::Whole,
+            (false, true) => At::Instructions,
+            (false, false) => At::End,
+        }
     }
 }

@@ -20,8 +20,8 @@ fn steps(format: &GpaTable, features: TlbFeatures, ranges: &[FlushRange], all: b
     Steps::new(format, features, &FlushRequest { ranges, all, nonblocking: false }).collect()
 }
 
-const NONE: TlbFeatures = TlbFeatures { guest_ids: false, walker: false };
-const BOTH: TlbFeatures = TlbFeatures { guest_ids: true, walker: true };
+const NONE: TlbFeatures = TlbFeatures { guest_ids: false, walker: false, virtual_icache: false };
+const BOTH: TlbFeatures = TlbFeatures { guest_ids: true, walker: true, virtual_icache: false };
 
 #[test]
 fn a_refill_has_both_halves() {
@@ -89,6 +89,25 @@ fn probes_are_made_with_the_walker_stopped_and_the_guest_selected() {
     // What a processor does for itself after a trap.
     let own: Vec<Step> = filled(&format, BOTH, 0x5abc).collect();
     assert_eq!(own, [Sync, StopWalker, SelectGuest, DropPair(0x4000), SelectRoot, StartWalker]);
+}
+
+#[test]
+fn an_instruction_cache_with_virtual_tags_goes_with_the_pairs() {
+    let format = table(GpaOptions::default());
+    let ranges = [part(0x3000, 0x1000)];
+    use Step::*;
+    for features in [NONE, BOTH, TlbFeatures { walker: true, ..NONE }, TlbFeatures { walker: false, ..BOTH }] {
+        let tagged = TlbFeatures { virtual_icache: true, ..features };
+        let mut expected = steps(&format, features, &ranges, false);
+        expected.push(DropInstructions);
+        assert_eq!(steps(&format, tagged, &ranges, false), expected);
+        assert_eq!(filled(&format, tagged, 0x3000).last(), Some(DropInstructions));
+        // With all of the guest its numbers go, which are in the tags.
+        let large = [part(0x1000, 0x1000), part(1 << 30, 1 << 30)];
+        assert_eq!(steps(&format, tagged, &large, false), steps(&format, features, &large, false));
+        assert_eq!(steps(&format, tagged, &[], true), steps(&format, features, &[], true));
+        assert_eq!(steps(&format, tagged, &[], false), []);
+    }
 }
 
 #[test]

@@ -133,7 +133,7 @@ impl<O: ByteOrder> ToolFormat for GpaTable<O> {
 
     /// The probes of [`Steps`] for a processor with GuestIDs, or a new GuestID.
     fn asks(&self, request: &FlushRequest<'_>, ask: &mut dyn FnMut(&'static str, u64)) {
-        let features = TlbFeatures { guest_ids: true, walker: false };
+        let features = TlbFeatures { guest_ids: true, ..TlbFeatures::default() };
         for step in Steps::new(self, features, request) {
             match step {
                 Step::DropPair(_) => ask("tlbp", 1),

@@ -70,6 +70,28 @@ fn links_are_addresses_in_xkphys() {
     }
 }
 
+/// The engine's contract: what hardware or ageing may write makes nothing another kind, and no link lost.
+#[test]
+fn facts_change_no_kind_at_any_level() {
+    for format in formats() {
+        let layout = format.options().layout;
+        assert_eq!(format.hardware_bits(), ACCESSED | MODIFIED | layout.valid());
+        let at = OutputAddr::new(0x1234_0000);
+        for number in 2..=format.geometry().top().get() {
+            let level = Level::new(number).unwrap();
+            let link = format.table(level, at).unwrap();
+            for noise in [ACCESSED, MODIFIED, layout.valid(), format.hardware_bits()] {
+                assert_eq!(format.kind(level, link | noise), Kind::Table(at), "{noise:#x}");
+                assert!(format.check(level, link | noise).is_err(), "hardware would load from elsewhere");
+            }
+        }
+        let leaf = format.leaf(L1, &spec(0x1_0000, Access::RX)).unwrap();
+        for facts in [0, ACCESSED, MODIFIED, layout.valid(), format.hardware_bits()] {
+            assert_eq!(format.kind(L1, leaf & !format.hardware_bits() | facts), Kind::Leaf);
+        }
+    }
+}
+
 #[test]
 fn memory_images_are_in_the_processors_order() {
     let big = GpaTable::<BigEndian>::new(GpaOptions::default()).unwrap();

@@ -59,6 +59,23 @@ fn global_and_huge_leaves_are_refused() {
     }
 }
 
+/// Handlers load what has V, and the engine keeps what has PRESENT: neither is nothing.
+#[test]
+fn an_entry_with_present_or_v_is_a_leaf_to_hardware() {
+    for format in formats() {
+        let layout = format.options().layout;
+        let plain = format.leaf(L1, &spec(0x1_0000, Access::RX)).unwrap();
+        assert_eq!(format.hardware_kind(L1, plain & !PRESENT), HardwareKind::Leaf, "loaded, whoever wrote it");
+        assert_eq!(format.hardware_kind(L1, format.make_old(L1, plain)), HardwareKind::Leaf);
+        let neither = format.make_old(L1, plain) & !PRESENT;
+        assert_eq!(format.hardware_kind(L1, neither), HardwareKind::NotValid);
+        // What is wrong with the address is wrong with V alone too.
+        let wide = layout.valid() | layout.frame(format.options().page.shift(), 60) & !layout.frame(12, 48);
+        assert!(matches!(format.hardware_kind(L1, wide), HardwareKind::Impossible(_)));
+        assert_eq!(format.check_hardware(L1, wide & !layout.valid()), Ok(()), "nobody loads that");
+    }
+}
+
 #[test]
 fn a_directory_entry_of_zero_is_impossible() {
     for format in formats() {

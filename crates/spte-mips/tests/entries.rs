@@ -280,6 +280,67 @@ fn change_is_read_only_not_upgradable_and_keeps_the_rest() {
     assert!(format.set_spte(L1, 0x1234_578f, OutputAddr::new(0x777_7800)).is_err());
 }
 
+#[test]
+fn a_write_state_is_what_write_modified_and_d_say() {
+    for format in formats() {
+        let dirty = format.options().layout.dirty();
+        let state = |bits: u64| format.write_state(PRESENT | bits);
+        assert_eq!(state(WRITE | MODIFIED | dirty), Some(WriteState::Writable));
+        assert_eq!([state(WRITE), state(WRITE | MODIFIED)], [Some(WriteState::Armed); 2]);
+        assert_eq!([state(0), state(MODIFIED)], [Some(WriteState::ReadOnly); 2]);
+        for wrong in [dirty, dirty | WRITE, dirty | MODIFIED] {
+            assert_eq!(state(wrong), None, "D needs both");
+        }
+    }
+}
+
+#[test]
+fn an_access_is_what_v_d_ri_and_xi_let_through() {
+    for format in formats() {
+        let rixi = format.options().rixi;
+        let touch = |raw: u64, access| format.touch(L1, raw, access);
+        let armed = format.leaf(L1, &LeafSpec { armed: true, ..spec(0x1_0000, Access::RWX) }).unwrap();
+        assert_eq!(touch(armed, Access::WRITE), Touch::Denied, "WRITE is software's: a store traps");
+        assert_eq!(touch(armed, Access::RX), Touch::Allowed(armed));
+        let upgraded = format.upgrade(L1, armed).unwrap();
+        assert_eq!(touch(upgraded, Access::WRITE), Touch::Allowed(upgraded));
+        for (granted, wanted) in [(Access::READ, Access::EXECUTE), (Access::EXECUTE, Access::READ)] {
+            let Ok(raw) = format.leaf(L1, &spec(0x1_0000, granted)) else {
+                assert!(!rixi);
+                continue;
+            };
+            assert_eq!((touch(raw, granted), touch(raw, wanted)), (Touch::Allowed(raw), Touch::Denied));
+        }
+    }
+}
+
+#[test]
+fn merged_facts_are_those_of_both_and_grant_nothing() {
+    for format in formats() {
+        let leaf = |access, armed, accessed, dirty| {
+            format.leaf(L1, &LeafSpec { armed, accessed, dirty, ..spec(0x1_0000, access) }).unwrap()
+        };
+        for (access, armed) in [(Access::RX, false), (Access::RWX, true)] {
+            for (young, written) in [(false, false), (true, false), (false, true), (true, true)] {
+                let from = leaf(Access::RX, false, young, written);
+                let into = |accessed, dirty| leaf(access, armed, accessed, dirty);
+                assert_eq!(format.merge_facts(L1, into(false, false), L1, from), into(young, written));
+                assert_eq!(format.merge_facts(L1, into(true, true), L1, from), into(true, true));
+            }
+        }
+    }
+}
+
+#[test]
+fn page_sizes_are_known_by_their_bytes() {
+    for page in PAGES {
+        assert_eq!(PageSize::from_bytes(page.bytes()), Some(page));
+    }
+    for bytes in [0, 0x2000, 0x8000, 0x2_0000, 0x10_0000] {
+        assert_eq!(PageSize::from_bytes(bytes), None, "{bytes:#x}");
+    }
+}
+
 proptest! {
     #[test]
     fn a_leaf_says_what_it_was_built_from(format in any_format(), spec in any_spec()) {

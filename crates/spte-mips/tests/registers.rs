@@ -67,7 +67,7 @@ fn an_index_below_twelve_is_refused() {
             let raw = (PwField::RESET | 12 << 32) & !(0x3f << low) | value << low;
             let found = PwField::from_raw(raw, Processor::Bits64);
             if (name, value) == ("BDI", 0) {
-                assert!(found.is_ok(), "as Linux leaves it");
+                assert!(found.is_ok(), "as after a reset");
             } else {
                 assert_eq!(found, Err(RegisterError::Index { raw, field: name, value: value as u8 }));
             }

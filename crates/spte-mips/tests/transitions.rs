@@ -6,7 +6,7 @@ mod common;
 use common::*;
 use notifier_core::{Access, OutputAddr};
 use proptest::prelude::*;
-use spte_core::format::{Format, LeafSpec, Level, Transition, WriteProtect};
+use spte_core::format::{Format, Kind, LeafSpec, Level, Transition, WriteProtect};
 use spte_mips::*;
 
 #[test]
@@ -49,6 +49,17 @@ fn a_right_that_goes_is_flushed_whatever_the_facts() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn another_g_is_flushed() {
+    for format in formats() {
+        // No leaf here is global; one that somebody else wrote matches every address space.
+        let plain = format.leaf(L1, &spec(0x1_0000, Access::RX)).unwrap();
+        let global = plain | format.options().layout.global();
+        assert_eq!(format.transition(L1, global, plain), Transition::FLUSH);
+        assert_eq!(format.transition(L1, plain, global), Transition::FLUSH);
     }
 }
 
@@ -100,6 +111,12 @@ fn links_that_go_are_flushed_and_what_holds_nothing_owes_nothing() {
                 }
             }
         }
+        // V without PRESENT is nobody's, and loaded.
+        let loaded = 0x1_0000 | format.options().layout.valid();
+        assert_eq!(format.kind(L1, loaded), Kind::Special);
+        assert_eq!(format.transition(L1, loaded, format.absent()), Transition::FLUSH);
+        assert_eq!(format.transition(L1, loaded, loaded), Transition::FREE);
+        assert_eq!(format.transition(L1, 0x1_0000, format.absent()), Transition::FREE);
         // What somebody else wrote into a directory is followed, whatever it is.
         assert_eq!(format.transition(level, 0x1000, format.not_present(level).absent), Transition::FLUSH);
     }

@@ -11,6 +11,11 @@
 //! | `Huge` | 0 to 4 | 5 | 6 | 7 | 8 | 9 | 12:10 | 13 / 15 / 17 |
 //! | `HugeSplitting` | 0 to 5 | 6 | 7 | 8 | 9 | 10 | 13:11 | 14 / 16 / 18 |
 //!
+//! That is Linux before v5.4. Since then SPECIAL stands behind MODIFIED, and behind HUGE where that is (commit 61cbfff4b1a7), and
+//! all above is one higher; no leaf of a GPA table has it. So for such a kernel `Huge` is the layout without huge pages, and
+//! `HugeSplitting` the one with. Where the kernel has SOFT_DIRTY too (`CONFIG_HAVE_ARCH_SOFT_DIRTY`) everything is one higher
+//! still: with huge pages there is no layout for that here.
+//!
 //! Sources: Linux `arch/mips/include/asm/pgtable-bits.h` (`enum pgtable_bits`, release 2 and later), `pgtable-64.h`.
 //! PageMask: `mipsregs.h` (`PM_4K`, `PM_16K`, `PM_64K`). EntryLo's RI and XI, and that a PTE becomes an EntryLo by that
 //! shift, also by QEMU, `target/mips/tcg/sysemu/tlb_helper.c` (`get_tlb_entry_layout`).
@@ -30,12 +35,13 @@ pub const MODIFIED: u64 = 1 << 3;
 /// Where everything above bit 3 begins: what the kernel that reads the table was configured with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum PteLayout {
-    /// Without huge pages.
+    /// Four bits of software's: Linux before v5.4, without huge pages.
     #[default]
     Plain,
-    /// With huge pages: HUGE is bit 4. (No leaf of a GPA table is huge.)
+    /// Five. With huge pages before v5.4: HUGE is bit 4. (No leaf of a GPA table is huge.) Without huge pages since v5.4:
+    /// bit 4 is SPECIAL.
     Huge,
-    /// With transparent huge pages as they were until v4.4: SPLITTING is bit 5.
+    /// Six. With huge pages until v4.4: SPLITTING is bit 5. With huge pages since v5.4: bit 5 is SPECIAL.
     HugeSplitting,
 }
 
@@ -49,7 +55,7 @@ impl PteLayout {
         }
     }
 
-    /// HUGE and SPLITTING, where there are any.
+    /// HUGE, SPLITTING and SPECIAL, where there are any: no leaf of a GPA table has them.
     pub const fn huge(self) -> u64 {
         bit_range(self.global_shift() - 3, 4)
     }

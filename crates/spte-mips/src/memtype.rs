@@ -2,8 +2,14 @@
 //! Cache attributes: C of EntryLo, three bits.
 //!
 //! 2 and 3 are what the architecture requires; the others are the processor's (MIPS64 PRA, "Cacheability and Coherency
-//! Attributes"), and EntryLo of release 6 need not take them. Names and values are Linux's (`_CACHE_CACHABLE_NO_WA` and so on, `pgtable-bits.h`); the kernel's default for
-//! memory is platform data (`_page_cachable_default`), 3 or 5 as a rule.
+//! Attributes"). The R4000 has 2 to 6, and calls the others reserved; the 4K takes 0, 1, 4, 5 and 6 for 3, and 7 for 2 (their
+//! manuals, "EntryLo"). EntryLo of release 6 need not take any but 2 and 3: C then keeps what it was, so that a handler writes
+//! another page's attribute. Names and values are Linux's (`_CACHE_CACHABLE_NO_WA` and so on, `pgtable-bits.h`); the kernel's
+//! default for memory is platform data (`_page_cachable_default`), 3 or 5 as a rule.
+//!
+//! What is here is the root's attribute. Where GuestCtl0Ext.NCC is 0 the guest's own counts, whatever the root's is; where it is
+//! 1 the root's modifies it (Linux: `MIPS_GCTL0EXT_NCC_IND`, `_MOD`; how it does is the processor's). KVM gives every page the
+//! host's default.
 
 /// A cache attribute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]

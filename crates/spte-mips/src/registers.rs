@@ -17,6 +17,9 @@
 //! A PTEI that the processor cannot shift by is kept as it was: after the write PWField is read back, and the walker stays off
 //! where PTEI differs.
 //!
+//! Without DirExt Loongson's walker adds address bits 63:62 to the first index (Linux: commit d191aaffe368); in xuseg they are
+//! zero. The root's walker fills for guests where GuestCtl0Ext.RPW, bits 9:8, is 0 or 2 (Linux: `MIPS_GCTL0EXT_RPW_GPA`).
+//!
 //! The walker loads whatever directories hold: their empty entries are [`Sentinels`](crate::Sentinels), so that a walk ends in
 //! a pair with V clear, and not in a miss that the handler walks once more.
 
@@ -174,7 +177,8 @@ const fn field(raw: u64, low: u32) -> u8 {
 pub struct PwBase(u64);
 
 impl PwBase {
-    /// For a table with this root: its address in xkphys.
+    /// For a table with this root: its address in xkphys. A processor has something else in PWBase, and no walk under way,
+    /// before the table is dropped: with the table its root is free, and no flush comes before that.
     ///
     /// # Errors
     /// [`RegisterError::Unaligned`], [`RegisterError::TooWide`].
@@ -214,10 +218,12 @@ impl PwBase {
 pub struct PwField(u64);
 
 impl PwField {
-    /// What it is after a reset: every index 12, PTEI 2 (QEMU, release 6; `config_htw_params` relies on the indices).
+    /// What it is after a reset: every index but BDI 12, PTEI 2 (QEMU, release 6, `mips_cpu_reset`, and indices of 0 before; Linux,
+    /// what KVM gives guests of releases 5 and 6, `kvm_vz_vcpu_setup`; `config_htw_params` relies on the indices).
     pub const RESET: u64 = 0x0c30_c302;
 
-    /// For such tables. BDI stays 0 where there is no base directory.
+    /// For such tables. BDI is 0 where there is no base directory, as in [`PwField::RESET`]. That a processor which has BDI does not
+    /// take that for an index below 12 is inferred from the reset value; Linux leaves these bits as it reads them.
     ///
     /// # Errors
     /// As for [`PwField::from_raw`].
@@ -236,7 +242,7 @@ impl PwField {
         Self::from_raw(raw, processor)
     }
 
-    /// The register with this value. BDI may be 0, as Linux leaves it.
+    /// The register with this value. BDI may be 0, as it is after a reset.
     ///
     /// # Errors
     /// [`RegisterError::Reserved`], [`RegisterError::Index`], and [`RegisterError::Field`] for a PTEI below 2 or above 31,

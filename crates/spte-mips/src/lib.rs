@@ -50,6 +50,8 @@
 //! | tables of each page size and width | `tables_have_linux_shapes`, `addresses_are_cut_into_linux_indices` |
 //! | an empty directory holds the sentinel's address, not zero; a table of pages is zero | `empty_directories_lead_to_sentinels_and_empty_tables_are_zero`, `a_new_table_leads_to_sentinels_at_every_level`, `a_directory_entry_of_zero_is_impossible` |
 //! | every walk of handlers or walker ends in V clear, whatever is absent, claimed or dead on the way | `a_walk_through_sentinels_ends_in_an_invalid_entry` |
+//! | raw walks, while tables come and go, end in what there is; none finds a table that is free; what was unmapped is in no TLB | `walks_of_three_levels_end_in_what_there_is`, and the others of `tests/hardware.rs` |
+//! | facts change no kind, at any level | `facts_change_no_kind_at_any_level` |
 //! | a table never lies where the sentinels are | `a_table_where_the_sentinels_are_is_refused` |
 //! | memory images in both byte orders | `memory_images_are_in_the_processors_order` |
 //! | a refill reads the even and the odd entry; invalidating one drops both | `a_refill_has_both_halves`, `a_flush_drops_whole_pairs`, `a_stale_buddy_goes_with_its_pair` |

@@ -76,6 +76,7 @@ fn facts_change_no_kind_at_any_level() {
     for format in formats() {
         let layout = format.options().layout;
         assert_eq!(format.hardware_bits(), ACCESSED | MODIFIED | layout.valid());
+        assert_eq!(format.claim_bit(), 0, "a link with a bit more leads elsewhere");
         let at = OutputAddr::new(0x1234_0000);
         for number in 2..=format.geometry().top().get() {
             let level = Level::new(number).unwrap();

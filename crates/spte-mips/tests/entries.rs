@@ -127,6 +127,12 @@ fn tables_have_linux_shapes() {
     assert_eq!(shape(PageSize::K16, Width::Wide), (0, 4096, 2048, 2048, 48));
     assert_eq!(shape(PageSize::K64, Width::Standard), (0, 0, 8192, 8192, 42));
     assert_eq!(shape(PageSize::K64, Width::Wide), (0, 8192, 8192, 8192, 55));
+    // Leaves are pages, whatever the page size.
+    for format in formats() {
+        for number in 1..=format.geometry().top().get() {
+            assert_eq!(format.geometry().level(Level::new(number).unwrap()).leaf, number == 1);
+        }
+    }
 }
 
 #[test]
@@ -181,10 +187,12 @@ fn a_walk_through_sentinels_ends_in_an_invalid_entry() {
                 [format.not_present(level).absent, format.not_present(level).claimed, format.not_present(level).dead]
             {
                 let mut entry = start;
-                for _ in 1..number {
+                for below in (1..number).rev() {
                     let table = bits::unmapped(entry).unwrap() - sentinels.start().as_u64();
                     assert_eq!(table % page, 0);
                     entry = sentinels.fill(table / page).expect("inside the sentinels");
+                    // Whatever led here, from here on nothing is there.
+                    assert_eq!(entry, format.absent_at(Level::new(below).unwrap()));
                 }
                 assert!(!format.entry_lo(entry).is_valid());
             }
@@ -329,6 +337,16 @@ fn merged_facts_are_those_of_both_and_grant_nothing() {
                 assert_eq!(format.merge_facts(L1, into(true, true), L1, from), into(true, true));
             }
         }
+    }
+}
+
+#[test]
+fn cache_attributes_are_three_bits() {
+    for bits in 0..8 {
+        let cache = Cache::from_bits(bits);
+        assert_eq!(cache as u8, bits);
+        assert_eq!(Cache::from_bits(bits | 0xf8), cache, "higher bits do not count");
+        assert_eq!(cache.is_architectural(), bits == 2 || bits == 3);
     }
 }
 

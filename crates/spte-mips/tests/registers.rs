@@ -103,6 +103,32 @@ fn what_walks_nothing_is_refused() {
 }
 
 #[test]
+fn what_is_at_the_edge_is_taken() {
+    for ptei in [2, 31] {
+        let raw = PwField::RESET & !0x3f | ptei;
+        assert_eq!(PwField::from_raw(raw, Processor::Bits64).map(PwField::raw), Ok(raw));
+    }
+    // One level of directories, whichever.
+    for raw in [0x4900_0240, 0x4024_0240, 0x4000_9240] {
+        assert_eq!(PwSize::from_raw(raw, Processor::Bits64).map(PwSize::raw), Ok(raw));
+    }
+    let reserved = |raw, bits| RegisterError::Reserved { raw, bits };
+    assert_eq!(PwSize::from_raw(0x40_4a00_9240, Processor::Bits64), Err(reserved(0x40_4a00_9240, 0x40_0000_0000)));
+    assert_eq!(PwSize::from_raw(0xca00_9240, Processor::Bits64), Err(reserved(0xca00_9240, 0x8000_0000)));
+    assert_eq!(PwField::from_raw(0x5e31_5307, Processor::Bits32), Err(reserved(0x5e31_5307, 0x4000_0000)));
+    assert_eq!(PwField::from_raw(0xc_1e31_5307, Processor::Bits32), Err(reserved(0xc_1e31_5307, 0xc_0000_0000)));
+    // Of PWCtl: XK 28, XS 27, XU 26, DirExt 30; DPH 7, HugePg 6.
+    let bits = [PwCtl::BASE_DIRECTORY, PwCtl::KERNEL, PwCtl::SUPERVISOR, PwCtl::USER, PwCtl::DUAL_HUGE, PwCtl::HUGE];
+    assert_eq!(bits.map(u64::trailing_zeros), [30, 28, 27, 26, 7, 6]);
+    assert_eq!(PwCtl::from_raw(0xdc00_00ff, Processor::Bits64).map(PwCtl::raw), Ok(0xdc00_00ff));
+    assert!(PwCtl::from_raw(0x40, Processor::Bits32).unwrap().has_huge_pages());
+    for bit in [8, 25, 29] {
+        let raw = 1 << bit;
+        assert_eq!(PwCtl::from_raw(raw, Processor::Bits64), Err(reserved(raw, raw)));
+    }
+}
+
+#[test]
 fn the_root_is_an_address_in_xkphys() {
     let format = table(GpaOptions::default());
     // 1024 entries: two pages.

@@ -129,6 +129,33 @@ fn what_is_at_the_edge_is_taken() {
 }
 
 #[test]
+fn what_six_bits_do_not_hold_is_refused_and_goes_into_no_neighbour() {
+    let good = WalkShape::new(&table(of(PageSize::K4, Width::Wide)));
+    let good = WalkShape { base: Index { low: 48, bits: 7 }, ..good };
+    let wide = |index: Index| [Index { low: 64, ..index }, Index { bits: 64, ..index }];
+    for at in 0..2 {
+        for (shape, field) in [
+            (WalkShape { base: wide(good.base)[at], ..good }, ["BDI", "BDW"]),
+            (WalkShape { global: wide(good.global)[at], ..good }, ["GDI", "GDW"]),
+            (WalkShape { upper: wide(good.upper)[at], ..good }, ["UDI", "UDW"]),
+            (WalkShape { middle: wide(good.middle)[at], ..good }, ["MDI", "MDW"]),
+            (WalkShape { table: wide(good.table)[at], ..good }, ["PTI", "PTW"]),
+        ] {
+            let refused = Err(RegisterError::Field { raw: 64, field: field[at] });
+            let found = [
+                PwField::new(&shape, Processor::Bits64).map(PwField::raw),
+                PwSize::new(&shape, Processor::Bits64).map(PwSize::raw),
+            ];
+            assert_eq!(found[at], refused);
+            assert!(found[1 - at].is_ok());
+        }
+    }
+    let shape = WalkShape { entry_shift: 64, ..good };
+    let refused = RegisterError::Field { raw: 64, field: "PTEI" };
+    assert_eq!(PwField::new(&shape, Processor::Bits64), Err(refused));
+}
+
+#[test]
 fn the_root_is_an_address_in_xkphys() {
     let format = table(GpaOptions::default());
     // 1024 entries: two pages.

@@ -92,6 +92,21 @@ fn probes_are_made_with_the_walker_stopped_and_the_guest_selected() {
 }
 
 #[test]
+fn no_address_is_too_large_for_a_probe() {
+    for page in PAGES {
+        let format = table(of(page, Width::Standard));
+        let last = !(2 * page.bytes() - 1);
+        let own: Vec<Step> = filled(&format, NONE, u64::MAX).collect();
+        assert_eq!(own, [Step::Sync, Step::DropPair(last)]);
+        let ranges = [part(last, 2 * page.bytes() - page.bytes())];
+        assert_eq!(steps(&format, NONE, &ranges, false), [Step::Sync, Step::DropPair(last)]);
+        let pair = Pair { page_mask: u64::MAX, ..format.pair(0, 0, 0) };
+        assert_eq!(pair.half(u64::MAX), EntryLo::default());
+    }
+    assert_eq!(PteLayout::Plain.frame(12, 0), 0, "no address bits");
+}
+
+#[test]
 fn an_instruction_cache_with_virtual_tags_goes_with_the_pairs() {
     let format = table(GpaOptions::default());
     let ranges = [part(0x3000, 0x1000)];

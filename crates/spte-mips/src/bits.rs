@@ -101,7 +101,7 @@ impl PteLayout {
     /// The bits of the address, of a page of `1 << shift` bytes on a machine with `bits` physical address bits.
     pub const fn frame(self, shift: u8, bits: u8) -> u64 {
         let up = self.global_shift() - 6;
-        bit_range(bits as u32 + up - 1, shift as u32 + up)
+        if bits == 0 { 0 } else { bit_range(bits as u32 + up - 1, shift as u32 + up) }
     }
 }
 

@@ -78,7 +78,7 @@ pub enum RegisterError {
     /// A field has a value that the processor cannot do anything with.
     #[error("{field} of {raw:#x} has an impossible value")]
     Field {
-        /// The register.
+        /// The register, or the value alone.
         raw: u64,
         /// The field's name.
         field: &'static str,
@@ -168,6 +168,11 @@ fn refuse(raw: u64, bits: u64) -> Result<(), RegisterError> {
     if bits == 0 { Ok(()) } else { Err(RegisterError::Reserved { raw, bits }) }
 }
 
+/// A value in its place, the six bits from `low` on.
+fn put(value: u8, low: u32, field: &'static str) -> Result<u64, RegisterError> {
+    if value > 63 { Err(RegisterError::Field { raw: value.into(), field }) } else { Ok(u64::from(value) << low) }
+}
+
 const fn field(raw: u64, low: u32) -> u8 {
     (raw >> low & 0x3f) as u8
 }
@@ -226,19 +231,19 @@ impl PwField {
     /// take that for an index below 12 is inferred from the reset value; Linux leaves these bits as it reads them.
     ///
     /// # Errors
-    /// As for [`PwField::from_raw`].
+    /// As for [`PwField::from_raw`]; [`RegisterError::Field`] for what six bits do not hold.
     pub fn new(shape: &WalkShape, processor: Processor) -> Result<Self, RegisterError> {
         let base = match processor {
             Processor::Bits32 => 0,
-            Processor::Bits64 if shape.base.bits != 0 => u64::from(shape.base.low) << BASE,
+            Processor::Bits64 if shape.base.bits != 0 => put(shape.base.low, BASE, "BDI")?,
             Processor::Bits64 => 0,
         };
         let raw = base
-            | u64::from(shape.global.low) << GLOBAL
-            | u64::from(shape.upper.low) << UPPER
-            | u64::from(shape.middle.low) << MIDDLE
-            | u64::from(shape.table.low) << TABLE
-            | u64::from(shape.entry_shift);
+            | put(shape.global.low, GLOBAL, "GDI")?
+            | put(shape.upper.low, UPPER, "UDI")?
+            | put(shape.middle.low, MIDDLE, "MDI")?
+            | put(shape.table.low, TABLE, "PTI")?
+            | put(shape.entry_shift, 0, "PTEI")?;
         Self::from_raw(raw, processor)
     }
 
@@ -286,18 +291,18 @@ impl PwSize {
     /// For such tables.
     ///
     /// # Errors
-    /// As for [`PwSize::from_raw`].
+    /// As for [`PwSize::from_raw`]; [`RegisterError::Field`] for what six bits do not hold.
     pub fn new(shape: &WalkShape, processor: Processor) -> Result<Self, RegisterError> {
         let (base, pointers) = match processor {
             Processor::Bits32 => (0, 0),
-            Processor::Bits64 => (u64::from(shape.base.bits) << BASE, if shape.wide_pointers { Self::PS } else { 0 }),
+            Processor::Bits64 => (put(shape.base.bits, BASE, "BDW")?, if shape.wide_pointers { Self::PS } else { 0 }),
         };
         let raw = base
             | pointers
-            | u64::from(shape.global.bits) << GLOBAL
-            | u64::from(shape.upper.bits) << UPPER
-            | u64::from(shape.middle.bits) << MIDDLE
-            | u64::from(shape.table.bits) << TABLE
+            | put(shape.global.bits, GLOBAL, "GDW")?
+            | put(shape.upper.bits, UPPER, "UDW")?
+            | put(shape.middle.bits, MIDDLE, "MDW")?
+            | put(shape.table.bits, TABLE, "PTW")?
             | u64::from(shape.wide_entries);
         Self::from_raw(raw, processor)
     }

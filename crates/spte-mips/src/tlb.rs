@@ -101,7 +101,7 @@ impl Pair {
     /// The half that translates `gpa`.
     pub const fn half(&self, gpa: u64) -> EntryLo {
         // PageMask has a bit for each address bit above 4K that is inside a page.
-        let odd = ((self.page_mask | 0x1fff) + 1) >> 1;
+        let odd = (self.page_mask | 0x1fff).wrapping_add(1) >> 1;
         if gpa & odd == 0 { self.even } else { self.odd }
     }
 
@@ -282,7 +282,7 @@ impl Iterator for Steps<'_> {
                 match (self.left, guest_ids, walker) {
                     (1.., ..) => {
                         let step = Step::DropPair(self.next);
-                        self.next += self.pair_bytes;
+                        self.next = self.next.wrapping_add(self.pair_bytes);
                         self.left -= 1;
                         (step, At::Pairs)
                     }

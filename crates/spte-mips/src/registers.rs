@@ -51,6 +51,12 @@ pub enum RegisterError {
         /// The bits there are.
         bits: u8,
     },
+    /// The root lies where the sentinels are, which stay as they are.
+    #[error("root {root} lies where the sentinels are")]
+    Sentinels {
+        /// The root.
+        root: OutputAddr,
+    },
     /// The walker loads from unmapped segments.
     #[error("{raw:#x} is no address of an unmapped segment")]
     Mapped {
@@ -186,7 +192,7 @@ impl PwBase {
     /// before the table is dropped: with the table its root is free, and no flush comes before that.
     ///
     /// # Errors
-    /// [`RegisterError::Unaligned`], [`RegisterError::TooWide`].
+    /// [`RegisterError::Unaligned`], [`RegisterError::TooWide`], [`RegisterError::Sentinels`].
     pub fn new<O: ByteOrder>(format: &GpaTable<O>, root: OutputAddr) -> Result<Self, RegisterError> {
         let align = format.geometry().table_bytes(format.geometry().top()) as u64;
         let bits = format.options().physical_bits;
@@ -195,6 +201,10 @@ impl PwBase {
         }
         if root.as_u64() >> bits != 0 {
             return Err(RegisterError::TooWide { root, bits });
+        }
+        // Links to such a table are refused; a root has no link.
+        if format.sentinels().overlaps(root.as_u64(), align) {
+            return Err(RegisterError::Sentinels { root });
         }
         Ok(Self(format.pointer(root)))
     }

@@ -165,6 +165,14 @@ fn the_root_is_an_address_in_xkphys() {
     assert_eq!(PwBase::new(&format, root), Err(RegisterError::Unaligned { root, align: 0x2000 }));
     let root = OutputAddr::new(1 << 48);
     assert_eq!(PwBase::new(&format, root), Err(RegisterError::TooWide { root, bits: 48 }));
+    // Two pages, of which the second is the first sentinel; and where it is the last.
+    let format = table(GpaOptions { sentinels: OutputAddr::new(0x1234_5000), ..GpaOptions::default() });
+    for root in [0x1234_4000, 0x1234_a000].map(OutputAddr::new) {
+        assert_eq!(PwBase::new(&format, root), Err(RegisterError::Sentinels { root }));
+    }
+    for root in [0x1234_2000, 0x1234_c000].map(OutputAddr::new) {
+        assert_eq!(PwBase::new(&format, root).map(PwBase::root), Ok(root));
+    }
     assert_eq!(PwBase::from_raw(0xffff_ffff_8012_0000).unwrap().root(), OutputAddr::new(0x12_0000));
     assert_eq!(PwBase::from_raw(0x12_0000), Err(RegisterError::Mapped { raw: 0x12_0000 }));
 }

@@ -273,6 +273,42 @@ fn walks_end_in_what_there_is<O: ByteOrder>(page: PageSize, width: Width, turns:
     assert!(pages.freed.load(Ordering::Relaxed) > turns / 8, "tables came and went");
 }
 
+/// A link has no bit to spare for a claim: while it is claimed, all that is behind it is away.
+#[test]
+fn a_table_in_use_is_not_away_while_empty_ones_are_looked_for() {
+    let options = of(PageSize::K4, Width::Wide);
+    let none = Nothing::new(GpaTable::<BigEndian>::new(options).unwrap().sentinels().pages(), 0x1000);
+    let format = table(GpaOptions { sentinels: OutputAddr::new(none.address()), ..options });
+    none.fill(&format);
+    let space = Space::builder().page_size(0x1000).unwrap().private_reclaim().build();
+    let processors = Arc::new(Processors { format: format.clone(), tlbs: vec![Mutex::default()] });
+    let flush = Interrupts(Arc::clone(&processors));
+    let table = Table::new(&space, format, Arc::new(Kept::default()), flush).unwrap();
+    let subscription = space.subscribe(Arc::clone(&table)).unwrap();
+    let at = range(0x20_0000 - 0x1000, 0x1000);
+    let extent = Extent { guest: at, output: OutputAddr::new(at.start().as_u64()), access: Access::RWX };
+    let mut walker = space.walker();
+    let resolved = walker.fault(at).unwrap().resolve(|_| Ok::<_, ()>(extent)).unwrap();
+    resolved.install(|admission| table.map(admission, &MapOptions::default())).unwrap();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let walks = scope.spawn(|| {
+            let mut away = 0;
+            while !done.load(Ordering::Relaxed) {
+                away += u64::from(!processors.access(0, table.root(), at.start().as_u64()).is_valid());
+                processors.lock(0).clear();
+            }
+            away
+        });
+        for _ in 0..4_000 {
+            assert_eq!(table.trim(range(0, 1 << 30)), Ok(0));
+        }
+        done.store(true, Ordering::Relaxed);
+        assert_eq!(walks.join().unwrap(), 0, "walks that found nothing");
+    });
+    drop(subscription);
+}
+
 #[test]
 fn walks_of_three_levels_end_in_what_there_is() {
     walks_end_in_what_there_is::<BigEndian>(PageSize::K4, Width::Standard, 400);

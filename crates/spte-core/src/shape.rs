@@ -298,11 +298,19 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     ) -> Unlinked {
         let format = &self.format;
         let Some(node) = self.child(pin, cell, page) else { return Unlinked::LookAgain };
+        // A look without a claim first: mostly something lives here, and where the format has no claim bit a claim takes all of
+        // it away from hardware.
+        let lives = |child: Cell<'_>| {
+            matches!(view(format, child.level, child.load(format)), View::Leaf | View::Special | View::Table(_))
+        };
+        if how == Unlink::IfEmpty && node.cells().any(lives) {
+            return Unlinked::InUse;
+        }
         batch.reserve();
         batch.owe();
         // What is to be reported when the claim is over.
         let mut facts = Marks::new(node.len());
-        // Empty tables are looked at under a claim that nobody notices; with leaves, the link goes at once.
+        // That a table is empty is seen to under a claim; with leaves, the link goes at once.
         let claim = match how {
             Unlink::IfEmpty => cell.claim(format, raw),
             Unlink::WithLeaves => cell.claim_broken(format, raw),

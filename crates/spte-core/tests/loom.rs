@@ -19,7 +19,7 @@
 //! | `change_pte_against_a_claim`, with a claim bit and without | `raise`, `Claim::give_back`; `change_pte` | `ChangeSkipsClaim` | `nothing_translates_to_the_old_page` | 7 793 each |
 //! | `missing_leaf_table_against_window` | `fill_absent` of a whole private table; `zap_range` | `CheckFirstPageOnly`, `ClaimFence`, `ZapSkipsClaim` | `no_later_page_of_a_table_is_mapped_inside_a_window` | 4 239 |
 //! | `teardown_against_installer`, unmap | `unlink` with leaves; `Table::map` | `UnlinkLeavesChildren` | `nothing_is_published_into_an_unlinked_table` | 1 258 |
-//! | `teardown_against_installer`, trim | `unlink` if empty; `Table::map` | `UnlinkLeavesChildren` | `what_was_mapped_survives_a_trim` | 686 |
+//! | `teardown_against_installer`, trim | `unlink` if empty; `Table::map` | `UnlinkLeavesChildren` | `what_was_mapped_survives_a_trim` | 928 |
 //! | `reclamation_against_installer` | `unlink`, `Table::retire`; pins | `RetireFrees` | `no_table_page_is_used_after_it_was_freed` | 23 023 |
 //! | `owed_flush_inherited`, Zapped | `Batch`; `unmap`, opening | `OwedForgotten` | `no_tlb_translates_inside_a_zapped_window` | 3 231 |
 //! | `owed_flush_inherited`, Retained | `Batch`; `restrict`, opening | `OwedForgotten` | `no_tlb_writes_inside_a_retained_window` | 3 231 |

@@ -47,12 +47,14 @@
 //! | behaviour | tests |
 //! |---|---|
 //! | three layouts of entries, and EntryLo from each | `bits_stand_where_linux_has_them`, `entries_and_entry_lo_are_as_worked_out_by_hand`, `a_leaf_says_what_it_was_built_from` |
-//! | tables of each page size and width | `tables_have_linux_shapes`, `addresses_are_cut_into_linux_indices` |
+//! | tables of each page size and width | `tables_have_linux_shapes`, `addresses_are_cut_into_linux_indices`, `the_last_page_is_mapped_and_nothing_behind_it` |
 //! | an empty directory holds the sentinel's address, not zero; a table of pages is zero | `empty_directories_lead_to_sentinels_and_empty_tables_are_zero`, `a_new_table_leads_to_sentinels_at_every_level`, `a_directory_entry_of_zero_is_impossible` |
 //! | every walk of handlers or walker ends in V clear, whatever is absent, claimed or dead on the way | `a_walk_through_sentinels_ends_in_an_invalid_entry` |
 //! | raw walks, while tables come and go, end in what there is; none finds a table that is free; what was unmapped is in no TLB | `walks_of_three_levels_end_in_what_there_is`, and the others of `tests/hardware.rs` |
 //! | facts change no kind, at any level | `facts_change_no_kind_at_any_level` |
 //! | a table never lies where the sentinels are | `a_table_where_the_sentinels_are_is_refused` |
+//! | a table in use is not away while empty ones are looked for | `a_table_in_use_is_not_away_while_empty_ones_are_looked_for` |
+//! | physical addresses from 32 bits to 59 | `the_narrowest_and_the_widest_machine_have_all_their_addresses` |
 //! | memory images in both byte orders | `memory_images_are_in_the_processors_order` |
 //! | a refill reads the even and the odd entry; invalidating one drops both | `a_refill_has_both_halves`, `a_flush_drops_whole_pairs`, `a_stale_buddy_goes_with_its_pair` |
 //! | V only with ACCESSED, D only with WRITE and MODIFIED, after every operation | `operations_keep_the_rules`, `every_single_bit_change_is_found_or_means_something` |
@@ -72,7 +74,7 @@
 //! | an instruction cache with virtual tags goes with the pairs | `an_instruction_cache_with_virtual_tags_goes_with_the_pairs` |
 //! | without GuestIDs ASIDs are marked before vCPUs are asked to leave | `all_of_a_guest_goes_by_new_ids` |
 //! | G counts where both halves have it; no entry here is global | `global_takes_both_halves`, `global_and_huge_leaves_are_refused` |
-//! | walker registers, 32- and 64-bit; an index below 12 drops the write | `walker_registers_are_as_worked_out_by_hand`, `an_index_below_twelve_is_refused`, `registers_come_back` |
+//! | walker registers, 32- and 64-bit; an index below 12 drops the write | `walker_registers_are_as_worked_out_by_hand`, `an_index_below_twelve_is_refused`, `what_six_bits_do_not_hold_is_refused_and_goes_into_no_neighbour`, `registers_come_back` |
 //! | all that a table answers is what a sequential map of leaves would | `pages_4k_do_as_the_model`, and the others of `tests/model.rs` |
 //!
 //! # What it does not do

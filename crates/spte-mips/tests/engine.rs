@@ -270,6 +270,26 @@ fn change_pte_of_an_old_leaf_flushes() {
 }
 
 #[test]
+fn the_last_page_is_mapped_and_nothing_behind_it() {
+    for page in PAGES {
+        for width in WIDTHS {
+            let bytes = page.bytes();
+            let bits = table(of(page, width)).geometry().address_bits();
+            let last = (1 << bits) - bytes;
+            let machine = Machine::new(of(page, width), last);
+            assert_eq!(machine.map(last, 0x10_0000, bytes).unwrap().made, 1);
+            assert_eq!(machine.spec(last).output, OutputAddr::new(0x10_0000));
+            assert!(matches!(machine.map(1 << bits, 0x20_0000, bytes), Err(MapError::Range(_))));
+            assert_eq!(machine.kind(0), Kind::Absent, "nor at the other end");
+            assert_eq!(machine.table.unmap(range(last, bytes)).unwrap().leaves, 1);
+            let flush = Seen { ranges: vec![(last, bytes, false)], raw: 0 };
+            assert_eq!(machine.flushes(), [flush]);
+            machine.table.check().unwrap();
+        }
+    }
+}
+
+#[test]
 fn an_annotation_is_what_neither_handler_nor_walker_loads() {
     let machine = Machine::new(default(), 0x5000);
     let at = range(0x5000, 0x1000);

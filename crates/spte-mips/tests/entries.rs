@@ -234,6 +234,33 @@ fn options_that_no_machine_has_are_refused() {
 }
 
 #[test]
+fn the_narrowest_and_the_widest_machine_have_all_their_addresses() {
+    for physical_bits in [32, 59] {
+        for layout in LAYOUTS {
+            for page in PAGES {
+                let end = 1_u64 << physical_bits;
+                let options = GpaOptions { physical_bits, layout, ..of(page, Width::Wide) };
+                let bytes = 3 * (table(of(page, Width::Wide)).geometry().top().get() as u64 - 1) * page.bytes();
+                let format = table(GpaOptions { sentinels: OutputAddr::new(end - bytes), ..options });
+                let raw = format.leaf(L1, &spec(end - page.bytes(), Access::RWX)).unwrap();
+                assert_eq!(format.check(L1, raw), Ok(()));
+                assert_eq!(format.spec(L1, raw).output.as_u64(), end - page.bytes());
+                assert_eq!(format.entry_lo(raw).output(), end - page.bytes());
+                let output = OutputAddr::new(end);
+                let wide = Err(FormatError::OutputTooWide { output, bits: physical_bits.into() });
+                assert_eq!(format.leaf(L1, &spec(end, Access::RWX)), wide);
+                let level = Level::new(2).unwrap();
+                assert_eq!(format.table(level, output), wide);
+                let last = OutputAddr::new(end - bytes - page.bytes());
+                let link = format.table(level, last).unwrap();
+                assert_eq!((format.kind(level, link), format.check(level, link)), (Kind::Table(last), Ok(())));
+                assert_eq!(format.check(level, format.dead_at(level)), Ok(()));
+            }
+        }
+    }
+}
+
+#[test]
 fn without_ri_and_xi_what_is_read_is_executed() {
     let format = table(GpaOptions { rixi: false, ..GpaOptions::default() });
     for bits in 0..8 {

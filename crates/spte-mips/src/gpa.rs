@@ -312,7 +312,7 @@ impl<O: ByteOrder> Format for GpaTable<O> {
         if let Some(nothing) = nothing {
             return nothing;
         }
-        let table = pointer ^ self.sentinels.window;
+        let table = raw ^ self.sentinels.window;
         let aligned = table & bit_range(u32::from(self.shift()) - 1, 0) == 0;
         let free = !self.sentinels.overlaps(table, self.options.page.bytes());
         if table >> self.options.physical_bits == 0 && aligned && free {

@@ -68,7 +68,7 @@ fn an_entry_with_present_or_v_is_a_leaf_to_hardware() {
         assert_eq!(format.hardware_kind(L1, plain & !PRESENT), HardwareKind::Leaf, "loaded, whoever wrote it");
         assert_eq!(format.hardware_kind(L1, format.make_old(L1, plain)), HardwareKind::Leaf);
         let neither = format.make_old(L1, plain) & !PRESENT;
-        assert_eq!(format.hardware_kind(L1, neither), HardwareKind::NotValid);
+        assert_eq!(format.hardware_kind(L1, neither), HardwareKind::NotPresent);
         // What is wrong with the address is wrong with V alone too.
         let wide = layout.valid() | layout.frame(format.options().page.shift(), 60) & !layout.frame(12, 48);
         assert!(matches!(format.hardware_kind(L1, wide), HardwareKind::Impossible(_)));

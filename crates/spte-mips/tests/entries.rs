@@ -70,25 +70,29 @@ fn links_are_addresses_in_xkphys() {
     }
 }
 
-/// The engine's contract: what hardware or ageing may write makes nothing another kind, and no link lost.
+/// The engine's contract: what ageing and harvests may write makes nothing another kind. A directory has no such bits, as a link
+/// with a bit more leads elsewhere.
 #[test]
 fn facts_change_no_kind_at_any_level() {
     for format in formats() {
         let layout = format.options().layout;
-        assert_eq!(format.hardware_bits(), ACCESSED | MODIFIED | layout.valid());
-        assert_eq!(format.claim_bit(), 0, "a link with a bit more leads elsewhere");
+        assert_eq!(format.claim_bit(), 0);
         let at = OutputAddr::new(0x1234_0000);
         for number in 2..=format.geometry().top().get() {
             let level = Level::new(number).unwrap();
             let link = format.table(level, at).unwrap();
-            for noise in [ACCESSED, MODIFIED, layout.valid(), format.hardware_bits()] {
-                assert_eq!(format.kind(level, link | noise), Kind::Table(at), "{noise:#x}");
-                assert!(format.check(level, link | noise).is_err(), "hardware would load from elsewhere");
+            assert_eq!(format.hardware_bits(level, link), 0);
+            assert_eq!(format.kind(level, link), Kind::Table(at));
+            for noise in [ACCESSED, MODIFIED, layout.valid()] {
+                assert_eq!(format.kind(level, link | noise), Kind::Special, "{noise:#x}");
+                assert!(format.check(level, link | noise).is_err());
             }
         }
         let leaf = format.leaf(L1, &spec(0x1_0000, Access::RX)).unwrap();
-        for facts in [0, ACCESSED, MODIFIED, layout.valid(), format.hardware_bits()] {
-            assert_eq!(format.kind(L1, leaf & !format.hardware_bits() | facts), Kind::Leaf);
+        let written = format.hardware_bits(L1, leaf);
+        assert_eq!(written, ACCESSED | MODIFIED | layout.valid());
+        for facts in [0, ACCESSED, MODIFIED, layout.valid(), written] {
+            assert_eq!(format.kind(L1, leaf & !written | facts), Kind::Leaf);
         }
     }
 }
@@ -192,7 +196,7 @@ fn a_walk_through_sentinels_ends_in_an_invalid_entry() {
                     assert_eq!(table % page, 0);
                     entry = sentinels.fill(table / page).expect("inside the sentinels");
                     // Whatever led here, from here on nothing is there.
-                    assert_eq!(entry, format.absent_at(Level::new(below).unwrap()));
+                    assert_eq!(entry, format.not_present(Level::new(below).unwrap()).absent);
                 }
                 assert!(!format.entry_lo(entry).is_valid());
             }
@@ -254,7 +258,7 @@ fn the_narrowest_and_the_widest_machine_have_all_their_addresses() {
                 let last = OutputAddr::new(end - bytes - page.bytes());
                 let link = format.table(level, last).unwrap();
                 assert_eq!((format.kind(level, link), format.check(level, link)), (Kind::Table(last), Ok(())));
-                assert_eq!(format.check(level, format.dead_at(level)), Ok(()));
+                assert_eq!(format.check(level, format.not_present(level).dead), Ok(()));
             }
         }
     }

@@ -114,9 +114,9 @@ fn links_that_go_are_flushed_and_what_holds_nothing_owes_nothing() {
         // V without PRESENT is nobody's, and loaded.
         let loaded = 0x1_0000 | format.options().layout.valid();
         assert_eq!(format.kind(L1, loaded), Kind::Special);
-        assert_eq!(format.transition(L1, loaded, format.absent()), Transition::FLUSH);
+        assert_eq!(format.transition(L1, loaded, format.not_present(Level::LEAF).absent), Transition::FLUSH);
         assert_eq!(format.transition(L1, loaded, loaded), Transition::FREE);
-        assert_eq!(format.transition(L1, 0x1_0000, format.absent()), Transition::FREE);
+        assert_eq!(format.transition(L1, 0x1_0000, format.not_present(Level::LEAF).absent), Transition::FREE);
         // What somebody else wrote into a directory is followed, whatever it is.
         assert_eq!(format.transition(level, 0x1000, format.not_present(level).absent), Transition::FLUSH);
     }

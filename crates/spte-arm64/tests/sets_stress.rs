@@ -18,7 +18,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use common::*;
@@ -367,18 +367,6 @@ fn guest_part(range: GpaRange) -> Option<GpaRange> {
     range.intersection(&pages_of(0, PAGES))
 }
 
-fn seconds() -> f64 {
-    std::env::var("SPTE_STRESS_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(3.0)
-}
-
-fn seed() -> u64 {
-    let set = std::env::var("SPTE_STRESS_SEED").ok().and_then(|text| match text.strip_prefix("0x") {
-        Some(digits) => u64::from_str_radix(digits, 16).ok(),
-        None => text.parse().ok(),
-    });
-    set.unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_nanos() as u64)) | 1
-}
-
 /// One round; sets folded, writes through sets, pages repointed.
 fn round(break_level: BreakLevel, random: &mut Random) -> Result<[u64; 3], String> {
     let options = Stage2Options { accessed_dirty: AccessedDirty::Hardware, break_level, ..Stage2Options::default() };
@@ -424,9 +412,9 @@ fn round(break_level: BreakLevel, random: &mut Random) -> Result<[u64; 3], Strin
 fn rounds(name: &str, break_level: BreakLevel) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _one = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let seed = seed();
-    let mut random = Random(seed);
-    let end = Instant::now() + Duration::from_secs_f64(seconds() / 2.0);
+    let seed = spte_stress::seed();
+    let mut random = Random(seed | 1);
+    let end = Instant::now() + Duration::from_secs_f64(spte_stress::seconds() / 2.0);
     // Threads that wait for each other would wait for ever: who holds a claim, and who waits for it, shows in a core dump.
     let count = Arc::new(AtomicU64::new(0));
     let (over, seen) = (Arc::new(AtomicBool::new(false)), Arc::clone(&count));

@@ -1,80 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The library under stress with tables that break before they make: the machine, the threads and the checks are those of
-//! `spte-x86`'s stress test (`crates/spte-x86/tests/stress`), which says what they are.
-//!
-//! | variable | meaning | unless set |
-//! |---|---|---|
-//! | `SPTE_STRESS_SECONDS` | how long the runs take, together | 3 |
-//! | `SPTE_STRESS_SEED` | the seed of all choices; the schedule is the machine's | from the clock |
-#![allow(unreachable_pub, missing_debug_implementations, dead_code, reason = "modules of one test")]
+//! Stage-2 tables under stress, which break before they make. What runs, what is compared and which variables say how long
+//! is `spte-stress`'s to say.
 
-#[path = "../../spte-x86/tests/stress/activity.rs"]
-mod activity;
-#[path = "../../spte-x86/tests/stress/guest.rs"]
-mod guest;
-#[path = "../../spte-x86/tests/stress/host.rs"]
-mod host;
-#[path = "../../spte-x86/tests/stress/members.rs"]
-mod members;
-#[path = "../../spte-x86/tests/stress/random.rs"]
-mod random;
-#[path = "../../spte-x86/tests/stress/run.rs"]
-mod run;
-#[path = "../../spte-x86/tests/stress/tables.rs"]
-mod tables;
-#[path = "../../spte-x86/tests/stress/windows.rs"]
-mod windows;
-#[path = "../../spte-x86/tests/stress/work.rs"]
-mod work;
-
-use std::{
-    sync::Mutex,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
-
-use run::{Config, Sabotage};
 use spte_arm64::{AccessedDirty, BreakLevel, Stage2, Stage2Options};
-
-/// One run at a time: the threads of one are more than most machines have processors.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+use spte_stress::{Config, Sabotage, found, holds, join};
 
 /// The runs that share the time there is.
 const RUNS: u32 = 3;
-
-fn seconds() -> f64 {
-    std::env::var("SPTE_STRESS_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(3.0)
-}
-
-fn seed() -> u64 {
-    let set = std::env::var("SPTE_STRESS_SEED").ok().and_then(|text| match text.strip_prefix("0x") {
-        Some(digits) => u64::from_str_radix(digits, 16).ok(),
-        None => text.parse().ok(),
-    });
-    set.unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |now| now.as_nanos() as u64))
-}
 
 fn stage2(accessed_dirty: AccessedDirty, break_level: BreakLevel) -> Stage2 {
     Stage2::new(Stage2Options { ipa_bits: 48, accessed_dirty, break_level, ..Stage2Options::default() }).unwrap()
 }
 
 fn config() -> Config {
-    Config {
-        primary: |space| tables::join(space, stage2(AccessedDirty::Hardware, BreakLevel::Level0), None).unwrap(),
-        secondary: |space| tables::join(space, stage2(AccessedDirty::HardwareAccessed, BreakLevel::Level0), None),
-        private_reclaim: true,
-        ages_by_rights: false,
-        large_leaves: true,
-        sabotage: Sabotage::None,
-        seed: seed(),
-        duration: Duration::from_secs_f64(seconds()) / RUNS,
-    }
-}
-
-fn holds(name: &str, config: Config) {
-    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    if let Err(what) = run::run(name, config) {
-        panic!("{name}: {what}");
-    }
+    Config::new(
+        RUNS,
+        |space| join(space, stage2(AccessedDirty::Hardware, BreakLevel::Level0), None),
+        |space| join(space, stage2(AccessedDirty::HardwareAccessed, BreakLevel::Level0), None),
+    )
 }
 
 #[test]
@@ -85,8 +28,8 @@ fn hardware_facts_and_breaks() {
 #[test]
 fn software_facts_breaks_and_failing_flushes() {
     let config = Config {
-        primary: |space| tables::join(space, stage2(AccessedDirty::Software, BreakLevel::Level0), Some(499)).unwrap(),
-        secondary: |space| tables::join(space, stage2(AccessedDirty::Hardware, BreakLevel::Level2), Some(251)),
+        primary: |space| join(space, stage2(AccessedDirty::Software, BreakLevel::Level0), Some(499)),
+        secondary: |space| join(space, stage2(AccessedDirty::Hardware, BreakLevel::Level2), Some(251)),
         ..config()
     };
     holds("stage 2, software", config);
@@ -95,8 +38,8 @@ fn software_facts_breaks_and_failing_flushes() {
 #[test]
 fn sizes_that_change_in_place() {
     let config = Config {
-        primary: |space| tables::join(space, stage2(AccessedDirty::Hardware, BreakLevel::Level2), None).unwrap(),
-        secondary: |space| tables::join(space, stage2(AccessedDirty::Software, BreakLevel::Level2), None),
+        primary: |space| join(space, stage2(AccessedDirty::Hardware, BreakLevel::Level2), None),
+        secondary: |space| join(space, stage2(AccessedDirty::Software, BreakLevel::Level2), None),
         private_reclaim: false,
         ..config()
     };
@@ -105,9 +48,5 @@ fn sizes_that_change_in_place() {
 
 #[test]
 fn a_page_compared_before_the_window_is_caught() {
-    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let sabotage = Sabotage::CopyBeforeWindow;
-    let what = run::run("copy before the window", Config { sabotage, duration: Duration::from_secs(20), ..config() });
-    let what = what.expect_err("nothing was noticed");
-    assert!(["lost", "holds", "was written"].iter().any(|word| what.contains(word)), "{what}");
+    found("copy before the window", Config { sabotage: Sabotage::CopyBeforeWindow, ..config() });
 }

@@ -13,7 +13,7 @@ macro_rules! activities {
     ($($name:ident)*) => {
         /// Something that a run does, or that happens to it.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-        pub enum Activity { $($name),* }
+        pub(crate) enum Activity { $($name),* }
 
         const NAMES: &[&str] = &[$(stringify!($name)),*];
         const ALL: &[Activity] = &[$(Activity::$name),*];
@@ -32,14 +32,14 @@ activities! {
 }
 
 impl Activity {
-    pub fn name(index: usize) -> &'static str {
+    pub(crate) fn name(index: usize) -> &'static str {
         NAMES.get(index).copied().unwrap_or("?")
     }
 }
 
 /// Counts.
 #[derive(Debug, Clone)]
-pub struct Activities(Arc<Vec<AtomicU64>>);
+pub(crate) struct Activities(Arc<Vec<AtomicU64>>);
 
 impl Default for Activities {
     fn default() -> Self {
@@ -48,15 +48,15 @@ impl Default for Activities {
 }
 
 impl Activities {
-    pub fn did(&self, what: Activity) {
+    pub(crate) fn did(&self, what: Activity) {
         self.add(what, 1);
     }
 
-    pub fn add(&self, what: Activity, times: u64) {
+    pub(crate) fn add(&self, what: Activity, times: u64) {
         self.0[what as usize].fetch_add(times, Relaxed);
     }
 
-    pub fn missing(&self) -> impl Iterator<Item = Activity> + '_ {
+    pub(crate) fn missing(&self) -> impl Iterator<Item = Activity> + '_ {
         ALL.iter().copied().filter(|&what| self.0[what as usize].load(Relaxed) == 0)
     }
 }

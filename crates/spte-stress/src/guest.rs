@@ -18,8 +18,8 @@ use spte_core::{CollapseError, MapError, Miss, Upgrade};
 
 use crate::{
     activity::Activity,
+    config::Sabotage,
     host::*,
-    run::Sabotage,
     tables::{AnyTable, Device, How},
     work::{Place, Worker},
 };
@@ -72,7 +72,7 @@ enum Next {
 
 impl Worker<'_> {
     /// What a page holds is what it has to hold, as long as `inside` (a scope, a lease, a device's lock) lasts.
-    pub fn use_page(&mut self, page: usize, frame: Option<u32>, epoch: u64, least: u64, write: bool, by: &str) {
+    pub(crate) fn use_page(&mut self, page: usize, frame: Option<u32>, epoch: u64, least: u64, write: bool, by: &str) {
         let host = Arc::clone(&self.shared.host);
         let Some(frame) = frame else { return self.wrong(format!("{by} translates page {page} to no frame")) };
         if self.random.one_in(4) {
@@ -87,7 +87,7 @@ impl Worker<'_> {
             ));
         }
         let most = host.ledger[page].load(Acquire) + 16;
-        let same = epoch % 2 == 0 && host.epochs[page].load(Acquire) == epoch;
+        let same = epoch.is_multiple_of(2) && host.epochs[page].load(Acquire) == epoch;
         if same && !is_mergeable(page) && !(least..=most).contains(&value) {
             return self.wrong(format!(
                 "lost: {by} reads page {page} in frame {frame}: {value} writes, not {least} to {most}"
@@ -102,7 +102,7 @@ impl Worker<'_> {
     }
 
     /// One access of a vCPU, with as many faults as it takes, within reason.
-    pub fn access(&mut self, table: &dyn AnyTable, place: Place, write: bool) {
+    pub(crate) fn access(&mut self, table: &dyn AnyTable, place: Place, write: bool) {
         let shared = self.shared;
         let host = Arc::clone(&shared.host);
         let gpa = place.gpa().wrapping_add(self.random.below(PAGE));
@@ -181,7 +181,7 @@ impl Worker<'_> {
     }
 
     /// Windows over so many pages from `first` on, as the test itself counts them.
-    pub fn windows(&self, of: &[AtomicU64], first: Place, count: usize) -> u64 {
+    pub(crate) fn windows(&self, of: &[AtomicU64], first: Place, count: usize) -> u64 {
         match first {
             Place::Page(page) => Host::stamps(of, page..page + count, false),
             Place::Alias(offset) => {
@@ -192,7 +192,7 @@ impl Worker<'_> {
     }
 
     /// A retry has a reason, which the library can name and the test knows of.
-    pub fn retried(&mut self, retry: &Retry, first: Place, count: usize, closed: u64) {
+    pub(crate) fn retried(&mut self, retry: &Retry, first: Place, count: usize, closed: u64) {
         self.did(Activity::Retry);
         let host = &self.shared.host;
         if self.windows(&host.opened, first, count) == closed {
@@ -213,7 +213,7 @@ impl Worker<'_> {
     }
 
     /// Takes a fault through snapshot and lookup; hands it to `install`.
-    pub fn faulting<R>(
+    pub(crate) fn faulting<R>(
         &mut self,
         first: Place,
         count: usize,
@@ -265,7 +265,7 @@ impl Worker<'_> {
     }
 
     /// Maps. Whether it is worth trying again.
-    pub fn fault(&mut self, table: &dyn AnyTable, place: Place, write: bool) -> bool {
+    pub(crate) fn fault(&mut self, table: &dyn AnyTable, place: Place, write: bool) -> bool {
         let count = match self.random.below(16) {
             0 => SPAN,
             1..4 => 16,
@@ -308,7 +308,7 @@ impl Worker<'_> {
     }
 
     /// Merges small leaves of a whole region.
-    pub fn collapse(&mut self, table: &dyn AnyTable, region: Place) {
+    pub(crate) fn collapse(&mut self, table: &dyn AnyTable, region: Place) {
         let (first, range) = region.around(SPAN);
         let build = self.random.one_in(2);
         let how = How { access: Access::RWX, armed: false, accessed: true, largest: PAGE };
@@ -330,7 +330,7 @@ impl Worker<'_> {
         }
     }
 
-    pub fn protect(&mut self, table: &dyn AnyTable, place: Place) {
+    pub(crate) fn protect(&mut self, table: &dyn AnyTable, place: Place) {
         let (first, range) = place.around(if self.random.one_in(8) { SPAN } else { 8 });
         let count = (range.len() / PAGE) as usize;
         let access = [Access::READ, Access::RX, Access::RW, Access::RWX][self.random.below(4) as usize];
@@ -346,7 +346,7 @@ impl Worker<'_> {
     }
 
     /// What is translated in a scope is used after it, until a window wants it back.
-    pub fn lease(&mut self, table: &dyn AnyTable) {
+    pub(crate) fn lease(&mut self, table: &dyn AnyTable) {
         let shared = self.shared;
         let host = Arc::clone(&shared.host);
         let page = pick(&mut self.random);
@@ -397,7 +397,7 @@ impl Worker<'_> {
     }
 
     /// The device uses what it was told, or asks to be told.
-    pub fn device(&mut self) {
+    pub(crate) fn device(&mut self) {
         let Some(adapter) = self.shared.adapter.read().unwrap().clone() else { return };
         let host = Arc::clone(&self.shared.host);
         let page = pick(&mut self.random) % (2 * SPAN);

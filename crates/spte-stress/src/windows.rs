@@ -11,13 +11,13 @@ use notifier_core::{
     Retained, SubscriberError, WindowAddress, Zapped,
 };
 
-use crate::{activity::Activity, host::*, run::Sabotage, work::Worker};
+use crate::{activity::Activity, config::Sabotage, host::*, work::Worker};
 
 /// A page, its backing and what that holds.
 type Held = (usize, Backing, (u64, u64));
 
 impl Worker<'_> {
-    pub fn policy(&mut self) -> LeasePolicy {
+    pub(crate) fn policy(&mut self) -> LeasePolicy {
         match self.random.below(8) {
             0 => LeasePolicy::Fail,
             1 => LeasePolicy::CancelFor(Duration::from_millis(2)),
@@ -29,7 +29,7 @@ impl Worker<'_> {
         }
     }
 
-    pub fn refused(&mut self, error: &OpenError, nonblocking: bool) {
+    pub(crate) fn refused(&mut self, error: &OpenError, nonblocking: bool) {
         match error {
             OpenError::Pinned { .. } => self.did(Activity::LeaseVetoed),
             OpenError::Busy { .. } => self.did(Activity::Busy),
@@ -41,7 +41,7 @@ impl Worker<'_> {
     }
 
     /// What the tables have of pages inside a window: nothing, or nothing that may be written.
-    pub fn verify(&self, first: usize, count: usize, retained: bool, alias_too: bool) {
+    pub(crate) fn verify(&self, first: usize, count: usize, retained: bool, alias_too: bool) {
         let host = &self.shared.host;
         let tables = [Some(Arc::clone(&self.shared.primary)), self.shared.secondary.read().unwrap().clone()];
         for table in tables.into_iter().flatten() {
@@ -64,7 +64,7 @@ impl Worker<'_> {
     }
 
     /// No lease is given inside a window.
-    pub fn no_lease(&mut self, page: usize) {
+    pub(crate) fn no_lease(&mut self, page: usize) {
         match self.shared.space.lease(LeaseRequest::new(gpas(page, 1), "too late")) {
             Err(LeaseError::Retry(_)) => self.did(Activity::LeaseRefused),
             // A slot is just being replaced; the window over host bytes cannot be told from the guest's address then.
@@ -73,12 +73,12 @@ impl Worker<'_> {
     }
 
     /// The windows over these pages are over for certain; or not, where closing failed.
-    pub fn closed(&self, first: usize, count: usize) {
+    pub(crate) fn closed(&self, first: usize, count: usize) {
         Host::stamp(&self.shared.host.closed, first..first + count);
     }
 
     /// Another frame with the same contents.
-    pub fn twin(&mut self, page: usize, contents: (u64, u64)) -> Option<Backing> {
+    pub(crate) fn twin(&mut self, page: usize, contents: (u64, u64)) -> Option<Backing> {
         let host = &self.shared.host;
         if is_mergeable(page) && self.random.one_in(2) {
             let shared = host.share(contents.0, contents.1);
@@ -89,7 +89,7 @@ impl Worker<'_> {
     }
 
     /// Gives these pages other frames at once, and the old ones away.
-    pub fn move_pages(&mut self, first: usize, count: usize) {
+    pub(crate) fn move_pages(&mut self, first: usize, count: usize) {
         let host = Arc::clone(&self.shared.host);
         for page in first..first + count {
             let Some(old) = host.backing(page).filter(|_| !self.random.one_in(3)) else { continue };
@@ -101,7 +101,7 @@ impl Worker<'_> {
     }
 
     /// A Retained window in which each page meets another end.
-    pub fn retain<A: WindowAddress>(&mut self, first: usize, range: AddrRange<A>) {
+    pub(crate) fn retain<A: WindowAddress>(&mut self, first: usize, range: AddrRange<A>) {
         let shared = self.shared;
         let host = &*shared.host;
         let count = (range.len() / PAGE) as usize;
@@ -199,7 +199,7 @@ impl Worker<'_> {
         self.did(Activity::Retained);
     }
 
-    pub fn change<A: WindowAddress>(
+    pub(crate) fn change<A: WindowAddress>(
         &mut self,
         guard: &InvalidationGuard<'_, Retained, A>,
         part: &[(usize, Backing, Backing, Change<A>)],
@@ -242,7 +242,7 @@ impl Worker<'_> {
     }
 
     /// A Zapped window in which pages move.
-    pub fn zap<A: WindowAddress>(&mut self, first: usize, range: AddrRange<A>) {
+    pub(crate) fn zap<A: WindowAddress>(&mut self, first: usize, range: AddrRange<A>) {
         let shared = self.shared;
         let host = &*shared.host;
         let count = (range.len() / PAGE) as usize;
@@ -294,7 +294,7 @@ impl Worker<'_> {
         self.did(Activity::Zapped);
     }
 
-    pub fn inside_zapped(&mut self, first: usize, count: usize) {
+    pub(crate) fn inside_zapped(&mut self, first: usize, count: usize) {
         let host = Arc::clone(&self.shared.host);
         let lock = host.lock(first / SPAN);
         self.verify(first, count, false, true);
@@ -307,7 +307,12 @@ impl Worker<'_> {
         }
     }
 
-    pub fn close<A: WindowAddress>(&mut self, guard: InvalidationGuard<'_, Zapped, A>, first: usize, count: usize) {
+    pub(crate) fn close<A: WindowAddress>(
+        &mut self,
+        guard: InvalidationGuard<'_, Zapped, A>,
+        first: usize,
+        count: usize,
+    ) {
         let closed = if self.random.one_in(8) {
             // The safety net; whether it could do it is not known.
             drop(guard);
@@ -321,7 +326,7 @@ impl Worker<'_> {
     }
 
     /// A page that is shared gets a frame of its own.
-    pub fn copy_on_write(&mut self, page: usize) {
+    pub(crate) fn copy_on_write(&mut self, page: usize) {
         let shared = self.shared;
         let host = &*shared.host;
         self.doing(Activity::CopyOnWrite);
@@ -376,7 +381,7 @@ impl Worker<'_> {
         }
     }
 
-    pub fn unshare(&mut self, page: usize) {
+    pub(crate) fn unshare(&mut self, page: usize) {
         let host = &*self.shared.host;
         let _lock = host.lock(page / SPAN);
         let Some(old) = host.backing(page).filter(|backing| backing.shared) else { return };
@@ -389,7 +394,7 @@ impl Worker<'_> {
     }
 
     /// A window over guest bytes that changes nothing of the host's: one alias of several.
-    pub fn zap_one_alias(&mut self) {
+    pub(crate) fn zap_one_alias(&mut self) {
         let shared = self.shared;
         let host = &*shared.host;
         let (first, count) = self.some_pages();
@@ -413,7 +418,7 @@ impl Worker<'_> {
     }
 
     /// All of a region in one block of 2M.
-    pub fn compact(&mut self, region: usize) {
+    pub(crate) fn compact(&mut self, region: usize) {
         let shared = self.shared;
         let host = &*shared.host;
         let first = region * SPAN;
@@ -431,7 +436,7 @@ impl Worker<'_> {
         }
     }
 
-    pub fn compact_inside<A: WindowAddress>(
+    pub(crate) fn compact_inside<A: WindowAddress>(
         &mut self,
         opened: Result<InvalidationGuard<'_, Retained, A>, OpenError>,
         first: usize,
@@ -467,7 +472,7 @@ impl Worker<'_> {
     }
 
     /// Takes pages away from the guest.
-    pub fn balloon(&mut self) {
+    pub(crate) fn balloon(&mut self) {
         let shared = self.shared;
         let host = &*shared.host;
         let first = BALLOON.start + self.random.below(BALLOON.len() as u64 - 8) as usize;
@@ -495,7 +500,7 @@ impl Worker<'_> {
     }
 
     /// Gives pages back, empty.
-    pub fn populate(&mut self) {
+    pub(crate) fn populate(&mut self) {
         let shared = self.shared;
         let host = &*shared.host;
         let first = BALLOON.start + self.random.below(BALLOON.len() as u64 - 8) as usize;

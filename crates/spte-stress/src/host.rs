@@ -20,22 +20,22 @@ use notifier_core::{AddrRange, Gpa, GpaRange, Hva, HvaRange, OutputAddr};
 
 use crate::random::Random;
 
-pub const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 /// Pages of a region: as many as a 2M leaf has.
-pub const SPAN: usize = 512;
-pub const REGION: u64 = PAGE * SPAN as u64;
+pub(crate) const SPAN: usize = 512;
+pub(crate) const REGION: u64 = PAGE * SPAN as u64;
 /// Regions of guest memory. The last has no host address and is known by guest addresses alone (guest_memfd).
-pub const REGIONS: usize = 4;
-pub const LOGGED_REGION: usize = 2;
-pub const MEMFD_REGION: usize = 3;
-pub const PAGES: usize = REGIONS * SPAN;
+pub(crate) const REGIONS: usize = 4;
+pub(crate) const LOGGED_REGION: usize = 2;
+pub(crate) const MEMFD_REGION: usize = 3;
+pub(crate) const PAGES: usize = REGIONS * SPAN;
 /// Pages that are ballooned out and in again: a part of one region, so that the others can be whole.
-pub const BALLOON: std::ops::Range<usize> = SPAN + 480..SPAN + 504;
+pub(crate) const BALLOON: std::ops::Range<usize> = SPAN + 480..SPAN + 504;
 
-pub const HOST_BASE: u64 = 1 << 40;
-pub const ALIAS_BASE: u64 = 1 << 30;
-pub const LOGGED_BASE: u64 = 2 << 30;
-pub const MEMFD_BASE: u64 = 3 << 30;
+pub(crate) const HOST_BASE: u64 = 1 << 40;
+pub(crate) const ALIAS_BASE: u64 = 1 << 30;
+pub(crate) const LOGGED_BASE: u64 = 2 << 30;
+pub(crate) const MEMFD_BASE: u64 = 3 << 30;
 const OUTPUT_BASE: u64 = 1 << 32;
 
 /// Frames that are handed out one by one, behind which come the blocks of 2M.
@@ -47,33 +47,33 @@ const SHARED: u64 = 1 << 32;
 
 /// What a run found wrong first, and the order to stop.
 #[derive(Debug, Default)]
-pub struct Failure {
+pub(crate) struct Failure {
     stop: AtomicBool,
     first: Mutex<Option<String>>,
 }
 
 impl Failure {
-    pub fn report(&self, what: impl Into<String>) {
+    pub(crate) fn report(&self, what: impl Into<String>) {
         let mut first = self.first.lock().unwrap();
         first.get_or_insert(what.into());
         self.stop.store(true, SeqCst);
     }
 
-    pub fn happened(&self) -> bool {
+    pub(crate) fn happened(&self) -> bool {
         self.stop.load(Relaxed)
     }
 
-    pub fn take(&self) -> Option<String> {
+    pub(crate) fn take(&self) -> Option<String> {
         self.first.lock().unwrap().take()
     }
 }
 
 /// What the host says about a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Backing {
-    pub frame: u32,
+pub(crate) struct Backing {
+    pub(crate) frame: u32,
     /// Several pages with equal contents: nobody may write.
-    pub shared: bool,
+    pub(crate) shared: bool,
 }
 
 #[derive(Debug, Default)]
@@ -85,83 +85,83 @@ struct Frame {
 }
 
 #[derive(Debug)]
-pub struct Host {
+pub(crate) struct Host {
     frames: Vec<Frame>,
     small: Mutex<Vec<u32>>,
     blocks: Mutex<Vec<u32>>,
     block_users: Vec<AtomicU32>,
     backing: Vec<AtomicU64>,
     /// Writes, counted beside the frames.
-    pub ledger: Vec<AtomicU64>,
+    pub(crate) ledger: Vec<AtomicU64>,
     /// Odd while a page is ballooned out; a change says that its count began anew.
-    pub epochs: Vec<AtomicU64>,
+    pub(crate) epochs: Vec<AtomicU64>,
     regions: Vec<Mutex<()>>,
     /// Frames that pages of equal contents share, by contents.
     stable: Mutex<HashMap<(u64, u64), u32>>,
     /// Frames that may be freed when no window is in progress.
     deferred: Mutex<Vec<u32>>,
     /// Written and not yet copied.
-    pub dirty: Vec<AtomicBool>,
+    pub(crate) dirty: Vec<AtomicBool>,
     /// How often the slot of the alias changed, and what it is: see [`Alias`].
-    pub alias: AtomicU64,
+    pub(crate) alias: AtomicU64,
     /// Windows over a page that somebody began to open, and those that are closed for certain.
-    pub opened: Vec<AtomicU64>,
-    pub closed: Vec<AtomicU64>,
-    pub failure: Failure,
+    pub(crate) opened: Vec<AtomicU64>,
+    pub(crate) closed: Vec<AtomicU64>,
+    pub(crate) failure: Failure,
 }
 
 /// The alias slot: which region it shows, if any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Alias(u64);
+pub(crate) struct Alias(u64);
 
 impl Alias {
-    pub fn new(serial: u64, region: Option<usize>, read_only: bool) -> Self {
+    pub(crate) fn new(serial: u64, region: Option<usize>, read_only: bool) -> Self {
         Self(serial << 4 | u64::from(read_only) << 2 | region.map_or(2, |region| region as u64))
     }
-    pub fn changing(serial: u64) -> Self {
+    pub(crate) fn changing(serial: u64) -> Self {
         Self(serial << 4 | 3)
     }
-    pub fn from_u64(raw: u64) -> Self {
+    pub(crate) fn from_u64(raw: u64) -> Self {
         Self(raw)
     }
-    pub fn as_u64(self) -> u64 {
+    pub(crate) fn as_u64(self) -> u64 {
         self.0
     }
-    pub fn is_changing(self) -> bool {
+    pub(crate) fn is_changing(self) -> bool {
         self.0 & 3 == 3
     }
-    pub fn region(self) -> Option<usize> {
+    pub(crate) fn region(self) -> Option<usize> {
         (self.0 & 3 < 2).then_some((self.0 & 3) as usize)
     }
-    pub fn read_only(self) -> bool {
+    pub(crate) fn read_only(self) -> bool {
         self.0 & 4 != 0
     }
 }
 
 /// Whether others have pages with the same contents now and then.
-pub fn is_mergeable(page: usize) -> bool {
+pub(crate) fn is_mergeable(page: usize) -> bool {
     page % 8 < 2
 }
 
-pub fn tag_of(page: usize) -> u64 {
+pub(crate) fn tag_of(page: usize) -> u64 {
     if is_mergeable(page) { 0x1000 + (page as u64 / 8) % 4 } else { 0x10_0000 + page as u64 }
 }
 
 /// What a page holds after so many writes.
-pub fn value_of(page: usize, writes: u64) -> u64 {
+pub(crate) fn value_of(page: usize, writes: u64) -> u64 {
     if is_mergeable(page) { writes % 4 } else { writes }
 }
 
-pub fn output_of(frame: u32) -> OutputAddr {
+pub(crate) fn output_of(frame: u32) -> OutputAddr {
     OutputAddr::new(OUTPUT_BASE + u64::from(frame) * PAGE)
 }
 
-pub fn frame_at(output: OutputAddr) -> Option<u32> {
+pub(crate) fn frame_at(output: OutputAddr) -> Option<u32> {
     let index = output.as_u64().checked_sub(OUTPUT_BASE)? / PAGE;
     (index < (SMALL + BLOCKS * SPAN) as u64).then_some(index as u32)
 }
 
-pub fn gpa_of(page: usize) -> Gpa {
+pub(crate) fn gpa_of(page: usize) -> Gpa {
     let (region, offset) = (page / SPAN, (page % SPAN) as u64 * PAGE);
     Gpa::new(match region {
         LOGGED_REGION => LOGGED_BASE + offset,
@@ -170,24 +170,24 @@ pub fn gpa_of(page: usize) -> Gpa {
     })
 }
 
-pub fn hva_of(page: usize) -> Hva {
+pub(crate) fn hva_of(page: usize) -> Hva {
     Hva::new(HOST_BASE + page as u64 * PAGE)
 }
 
-pub fn gpas(first: usize, count: usize) -> GpaRange {
+pub(crate) fn gpas(first: usize, count: usize) -> GpaRange {
     AddrRange::with_len(gpa_of(first), count as u64 * PAGE).unwrap()
 }
 
-pub fn hvas(first: usize, count: usize) -> HvaRange {
+pub(crate) fn hvas(first: usize, count: usize) -> HvaRange {
     AddrRange::with_len(hva_of(first), count as u64 * PAGE).unwrap()
 }
 
-pub fn alias_gpas() -> GpaRange {
+pub(crate) fn alias_gpas() -> GpaRange {
     AddrRange::with_len(Gpa::new(ALIAS_BASE), REGION).unwrap()
 }
 
 /// The page at `gpa`, where that is not in the alias slot.
-pub fn page_at(gpa: Gpa) -> Option<usize> {
+pub(crate) fn page_at(gpa: Gpa) -> Option<usize> {
     let gpa = gpa.as_u64();
     let (region, base) = match gpa >> 30 {
         0 if gpa < 2 * REGION => (0, 0),
@@ -200,7 +200,7 @@ pub fn page_at(gpa: Gpa) -> Option<usize> {
 }
 
 impl Host {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let frames: Vec<Frame> = (0..SMALL + BLOCKS * SPAN).map(|_| Frame::default()).collect();
         let host = Self {
             small: Mutex::new((0..SMALL as u32).collect()),
@@ -233,11 +233,11 @@ impl Host {
     }
 
     /// Who changes the mapping of a region's pages holds it.
-    pub fn lock(&self, region: usize) -> MutexGuard<'_, ()> {
+    pub(crate) fn lock(&self, region: usize) -> MutexGuard<'_, ()> {
         self.regions[region].lock().unwrap()
     }
 
-    pub fn alias(&self) -> Alias {
+    pub(crate) fn alias(&self) -> Alias {
         Alias::from_u64(self.alias.load(Acquire))
     }
 
@@ -259,7 +259,7 @@ impl Host {
     }
 
     /// A frame of one's own with these contents.
-    pub fn take(&self, tag: u64, value: u64) -> Option<u32> {
+    pub(crate) fn take(&self, tag: u64, value: u64) -> Option<u32> {
         let frame = self.small.lock().unwrap().pop()?;
         self.fill(frame, tag, value);
         Some(frame)
@@ -273,7 +273,7 @@ impl Host {
     }
 
     /// A block of 2M with the contents given, one a page.
-    pub fn take_filled_block(&self, contents: &[(u64, u64)]) -> Option<u32> {
+    pub(crate) fn take_filled_block(&self, contents: &[(u64, u64)]) -> Option<u32> {
         let first = self.take_block()?;
         for (frame, &(tag, value)) in (first..).zip(contents) {
             self.fill(frame, tag, value);
@@ -282,7 +282,7 @@ impl Host {
     }
 
     /// A page no longer has `frame`, and nothing translates to it on the page's account.
-    pub fn release(&self, backing: Backing) {
+    pub(crate) fn release(&self, backing: Backing) {
         let frame = &self.frames[backing.frame as usize];
         if backing.shared {
             let mut stable = self.stable.lock().unwrap();
@@ -313,19 +313,19 @@ impl Host {
     }
 
     /// As [`Host::release`], for when it is not known yet that nothing translates to it.
-    pub fn release_later(&self, backing: Backing) {
+    pub(crate) fn release_later(&self, backing: Backing) {
         self.deferred.lock().unwrap().push(backing.frame | if backing.shared { 1 << 31 } else { 0 });
     }
 
     /// No window is in progress.
-    pub fn release_deferred(&self) {
+    pub(crate) fn release_deferred(&self) {
         for raw in std::mem::take(&mut *self.deferred.lock().unwrap()) {
             self.release(Backing { frame: raw & !(1 << 31), shared: raw >> 31 != 0 });
         }
     }
 
     /// The shared frame with these contents, with one more user; or a new one.
-    pub fn share(&self, tag: u64, value: u64) -> Option<Backing> {
+    pub(crate) fn share(&self, tag: u64, value: u64) -> Option<Backing> {
         let mut stable = self.stable.lock().unwrap();
         let frame = match stable.get(&(tag, value)) {
             Some(&frame) => {
@@ -341,20 +341,20 @@ impl Host {
         Some(Backing { frame, shared: true })
     }
 
-    pub fn tag(&self, frame: u32) -> u64 {
+    pub(crate) fn tag(&self, frame: u32) -> u64 {
         self.frames[frame as usize].tag.load(Relaxed)
     }
 
-    pub fn value(&self, frame: u32) -> u64 {
+    pub(crate) fn value(&self, frame: u32) -> u64 {
         self.frames[frame as usize].value.load(Relaxed)
     }
 
-    pub fn contents(&self, frame: u32) -> (u64, u64) {
+    pub(crate) fn contents(&self, frame: u32) -> (u64, u64) {
         (self.tag(frame), self.value(frame))
     }
 
     /// The guest, or a device, writes.
-    pub fn write(&self, page: usize, frame: u32) {
+    pub(crate) fn write(&self, page: usize, frame: u32) {
         let value = &self.frames[frame as usize].value;
         if is_mergeable(page) {
             let _ = value.fetch_update(Relaxed, Relaxed, |value| Some((value + 1) % 4));
@@ -366,13 +366,13 @@ impl Host {
 
     // ---- mapping ----
 
-    pub fn backing(&self, page: usize) -> Option<Backing> {
+    pub(crate) fn backing(&self, page: usize) -> Option<Backing> {
         let raw = self.backing[page].load(Acquire);
         let frame = (raw as u32).checked_sub(1)?;
         Some(Backing { frame, shared: raw & SHARED != 0 })
     }
 
-    pub fn set_backing(&self, page: usize, backing: Option<Backing>) {
+    pub(crate) fn set_backing(&self, page: usize, backing: Option<Backing>) {
         let raw = backing.map_or(0, |b| u64::from(b.frame + 1) | if b.shared { SHARED } else { 0 });
         self.backing[page].store(raw, Release);
     }
@@ -380,19 +380,19 @@ impl Host {
     // ---- windows, as the test itself knows of them ----
 
     /// Stamps of a range: pages, and the slot of the alias.
-    pub fn stamps(of: &[AtomicU64], pages: std::ops::Range<usize>, alias: bool) -> u64 {
+    pub(crate) fn stamps(of: &[AtomicU64], pages: std::ops::Range<usize>, alias: bool) -> u64 {
         let pages: u64 = of[pages].iter().map(|stamp| stamp.load(SeqCst)).sum();
         pages + if alias { of[PAGES].load(SeqCst) } else { 0 }
     }
 
-    pub fn stamp(of: &[AtomicU64], pages: std::ops::Range<usize>) {
+    pub(crate) fn stamp(of: &[AtomicU64], pages: std::ops::Range<usize>) {
         of[pages].iter().for_each(|stamp| {
             stamp.fetch_add(1, SeqCst);
         });
     }
 
     /// Everything is quiet: windows that were left to somebody are closed.
-    pub fn settle_stamps(&self) {
+    pub(crate) fn settle_stamps(&self) {
         for (opened, closed) in self.opened.iter().zip(&self.closed) {
             closed.store(opened.load(SeqCst), SeqCst);
         }
@@ -400,13 +400,13 @@ impl Host {
 
     // ---- dirty facts ----
 
-    pub fn mark(&self, page: usize) {
+    pub(crate) fn mark(&self, page: usize) {
         self.dirty[page].store(true, SeqCst);
     }
 
     /// The pages of a fact about guest bytes. For the alias both regions that it may have been of, unless `alias` is known
     /// to be the slot of the fact.
-    pub fn pages_of(&self, range: GpaRange, alias: Option<Alias>) -> Vec<usize> {
+    pub(crate) fn pages_of(&self, range: GpaRange, alias: Option<Alias>) -> Vec<usize> {
         let first = range.start().align_down(PAGE).as_u64();
         let mut pages = Vec::new();
         for gpa in (first..range.end().as_u64()).step_by(PAGE as usize) {
@@ -426,7 +426,7 @@ impl Host {
 }
 
 /// A page that many want, or any.
-pub fn pick(random: &mut Random) -> usize {
+pub(crate) fn pick(random: &mut Random) -> usize {
     if random.one_in(3) {
         // A few in each region, mergeable ones among them.
         let (region, page) = (random.below(REGIONS as u64) as usize, random.below(8) as usize);

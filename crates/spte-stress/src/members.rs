@@ -17,11 +17,11 @@ use crate::{
 };
 
 impl Worker<'_> {
-    pub fn slot_at(&self, guest: GpaRange) -> Option<(SlotId, SlotSpec)> {
+    pub(crate) fn slot_at(&self, guest: GpaRange) -> Option<(SlotId, SlotSpec)> {
         self.shared.space.slots().into_iter().find(|(_, spec)| spec.guest == guest)
     }
 
-    pub fn slot_outcome(&mut self, outcome: Result<Vec<SlotId>, SlotError>) -> Option<bool> {
+    pub(crate) fn slot_outcome(&mut self, outcome: Result<Vec<SlotId>, SlotError>) -> Option<bool> {
         match outcome {
             Ok(_) => Some(true),
             // Changed, but a window over it is left to the reaper.
@@ -38,7 +38,7 @@ impl Worker<'_> {
         }
     }
 
-    pub fn change_alias(&mut self) {
+    pub(crate) fn change_alias(&mut self) {
         let shared = self.shared;
         let host = &*shared.host;
         let before = host.alias();
@@ -77,7 +77,7 @@ impl Worker<'_> {
     }
 
     /// The same slot again, or with other flags.
-    pub fn replace_slot(&mut self, first: usize, count: usize, flags: SlotFlags) {
+    pub(crate) fn replace_slot(&mut self, first: usize, count: usize, flags: SlotFlags) {
         let shared = self.shared;
         let host = &*shared.host;
         let Some((id, spec)) = self.slot_at(gpas(first, count)) else {
@@ -93,7 +93,7 @@ impl Worker<'_> {
         self.closed(first, count);
     }
 
-    pub fn replace_logged(&mut self) {
+    pub(crate) fn replace_logged(&mut self) {
         let first = LOGGED_REGION * SPAN;
         let lease = if self.random.one_in(8) {
             self.shared.space.lease(LeaseRequest::new(gpas(first + 400, 1), "in the way")).ok()
@@ -107,7 +107,7 @@ impl Worker<'_> {
         }
     }
 
-    pub fn change_table(&mut self) {
+    pub(crate) fn change_table(&mut self) {
         let shared = self.shared;
         match self.secondary.take() {
             None => match (shared.config.secondary)(&shared.space) {
@@ -139,7 +139,7 @@ impl Worker<'_> {
         }
     }
 
-    pub fn change_device(&mut self) {
+    pub(crate) fn change_device(&mut self) {
         let shared = self.shared;
         match self.adapter.take() {
             None => {
@@ -176,7 +176,7 @@ impl Worker<'_> {
 }
 
 /// Leaves. A release that fails, because a flush does, is tried again by each window.
-pub fn leave(shared: &Shared, subscription: Subscription) -> Result<(), String> {
+pub(crate) fn leave(shared: &Shared, subscription: Subscription) -> Result<(), String> {
     match subscription.leave() {
         Ok(()) => return Ok(()),
         Err(LeaveError::Release { source: SubscriberError::Flush(_), .. }) => {}

@@ -15,6 +15,7 @@ use notifier_core::{CallAdapter, DirtySink, GpaRange, SlotFlags, SlotSpec, Space
 
 use crate::{
     activity::{Activities, Activity},
+    config::{Config, Sabotage},
     host::*,
     members,
     random::Random,
@@ -22,54 +23,20 @@ use crate::{
     work,
 };
 
-/// What the test does wrong on purpose.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sabotage {
-    /// Nothing.
-    None,
-    /// Frames are freed before the window is opened.
-    FreeBeforeWindow,
-    /// Pages are copied before the Retained window is opened.
-    CopyBeforeWindow,
-    /// The host is asked before the fault takes its snapshot.
-    ResolveBeforeSnapshot,
-    /// What windows report to the sink is forgotten.
-    ForgetSink,
-    /// A frame is freed while its lease lives.
-    FreeUnderLease,
-}
-
-/// What a run is made of.
-#[derive(Debug, Clone, Copy)]
-pub struct Config {
-    pub primary: fn(&Space) -> Member,
-    /// Joins and leaves all the time.
-    pub secondary: fn(&Space) -> Result<Member, notifier_core::JoinError>,
-    /// A collector of the space's own: then pages are counted at each rest, not only at the end.
-    pub private_reclaim: bool,
-    /// In the primary format ageing takes rights away.
-    pub ages_by_rights: bool,
-    /// The tables have leaves of 2M.
-    pub large_leaves: bool,
-    pub sabotage: Sabotage,
-    pub seed: u64,
-    pub duration: Duration,
-}
-
-pub type Adapter = Arc<CallAdapter<Device>>;
+pub(crate) type Adapter = Arc<CallAdapter<Device>>;
 
 /// Everything that the threads share.
 #[derive(Debug)]
-pub struct Shared {
-    pub config: Config,
-    pub space: Space,
-    pub host: Arc<Host>,
-    pub primary: Arc<dyn AnyTable>,
-    pub secondary: RwLock<Option<Arc<dyn AnyTable>>>,
-    pub adapter: RwLock<Option<Adapter>>,
-    pub activities: Activities,
+pub(crate) struct Shared {
+    pub(crate) config: Config,
+    pub(crate) space: Space,
+    pub(crate) host: Arc<Host>,
+    pub(crate) primary: Arc<dyn AnyTable>,
+    pub(crate) secondary: RwLock<Option<Arc<dyn AnyTable>>>,
+    pub(crate) adapter: RwLock<Option<Adapter>>,
+    pub(crate) activities: Activities,
     /// What has been copied of each page, as a migration would: by value.
-    pub copies: Mutex<Vec<u64>>,
+    pub(crate) copies: Mutex<Vec<u64>>,
     resting: AtomicBool,
     stopping: AtomicBool,
     rested: Barrier,
@@ -118,16 +85,16 @@ const DEADLOCK: Duration = Duration::from_secs(20);
 const BETWEEN_RESTS: Duration = Duration::from_millis(250);
 
 impl Shared {
-    pub fn over(&self) -> bool {
+    pub(crate) fn over(&self) -> bool {
         self.stopping.load(Relaxed) || self.host.failure.happened()
     }
 
-    pub fn sabotage(&self, what: Sabotage) -> bool {
+    pub(crate) fn sabotage(&self, what: Sabotage) -> bool {
         self.config.sabotage == what
     }
 
     /// A sign of life, and of what.
-    pub fn beat(&self, worker: usize, doing: Activity) {
+    pub(crate) fn beat(&self, worker: usize, doing: Activity) {
         self.beats[worker].steps.fetch_add(1, Relaxed);
         self.beats[worker].doing.store(doing as usize, Relaxed);
     }
@@ -301,7 +268,7 @@ impl Shared {
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Runs; `Err` says what went wrong.
-pub fn run(name: &str, config: Config) -> Result<(), String> {
+pub(crate) fn run(name: &str, config: Config) -> Result<(), String> {
     println!("stress: {name}: seed {:#x}, {:?}", config.seed, config.duration);
     let host = Arc::new(Host::new());
     let activities = Activities::default();
@@ -317,7 +284,8 @@ pub fn run(name: &str, config: Config) -> Result<(), String> {
         let spec = SlotSpec { guest: gpas(first, count), host: hva, flags: SlotFlags::empty() };
         space.add_slot(spec).map_err(|error| error.to_string())?;
     }
-    let Member { table: primary, subscription, pages } = (config.primary)(&space);
+    let joined = (config.primary)(&space).map_err(|error| format!("join: {error}"))?;
+    let Member { table: primary, subscription, pages } = joined;
     let shared = Shared {
         config,
         space,

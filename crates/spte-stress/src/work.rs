@@ -13,40 +13,41 @@ use spte_core::{HarvestError, RemoveError, SplitError};
 
 use crate::{
     activity::Activity,
+    config::Sabotage,
     host::*,
     random::Random,
-    run::{Adapter, Sabotage, Shared},
+    run::{Adapter, Shared},
     tables::{AnyTable, Member},
 };
 
 /// One thread's own.
-pub struct Worker<'s> {
-    pub shared: &'s Shared,
-    pub index: usize,
-    pub random: Random,
+pub(crate) struct Worker<'s> {
+    pub(crate) shared: &'s Shared,
+    pub(crate) index: usize,
+    pub(crate) random: Random,
     /// Taken out while it walks.
-    pub walker: Option<Walker>,
-    pub secondary: Option<Member>,
-    pub adapter: Option<(Adapter, Subscription)>,
-    pub serial: u64,
+    pub(crate) walker: Option<Walker>,
+    pub(crate) secondary: Option<Member>,
+    pub(crate) adapter: Option<(Adapter, Subscription)>,
+    pub(crate) serial: u64,
 }
 
 /// A guest page, by one of the addresses it may have.
 #[derive(Debug, Clone, Copy)]
-pub enum Place {
+pub(crate) enum Place {
     Page(usize),
     Alias(usize),
 }
 
 impl Place {
-    pub fn gpa(self) -> Gpa {
+    pub(crate) fn gpa(self) -> Gpa {
         match self {
             Place::Page(page) => gpa_of(page),
             Place::Alias(offset) => Gpa::new(ALIAS_BASE + offset as u64 * PAGE),
         }
     }
 
-    pub fn page(self, alias: Alias) -> Option<usize> {
+    pub(crate) fn page(self, alias: Alias) -> Option<usize> {
         match self {
             Place::Page(page) => Some(page),
             Place::Alias(offset) => alias.region().map(|region| region * SPAN + offset),
@@ -54,7 +55,7 @@ impl Place {
     }
 
     /// So many pages from the one that is a multiple of `count`.
-    pub fn around(self, count: usize) -> (Place, GpaRange) {
+    pub(crate) fn around(self, count: usize) -> (Place, GpaRange) {
         let first = match self {
             Place::Page(page) => Place::Page(page / count * count),
             Place::Alias(offset) => Place::Alias(offset / count * count),
@@ -64,38 +65,38 @@ impl Place {
 }
 
 /// What a thread does at each step.
-pub type Step = fn(&mut Worker<'_>);
+pub(crate) type Step = fn(&mut Worker<'_>);
 
 impl<'s> Worker<'s> {
-    pub fn new(shared: &'s Shared, index: usize, random: Random) -> Self {
+    pub(crate) fn new(shared: &'s Shared, index: usize, random: Random) -> Self {
         let walker = Some(shared.space.walker());
         Self { shared, index, random, walker, secondary: None, adapter: None, serial: 0 }
     }
 
     /// Its walker, or now and then a new one.
-    pub fn walker(&mut self) -> Walker {
+    pub(crate) fn walker(&mut self) -> Walker {
         let old = self.walker.take().filter(|_| !self.random.one_in(500));
         old.unwrap_or_else(|| self.shared.space.walker())
     }
 
-    pub fn did(&self, what: Activity) {
+    pub(crate) fn did(&self, what: Activity) {
         self.shared.activities.did(what);
         self.shared.beat(self.index, what);
     }
 
-    pub fn doing(&self, what: Activity) {
+    pub(crate) fn doing(&self, what: Activity) {
         self.shared.beat(self.index, what);
     }
 
-    pub fn wrong(&self, what: impl Into<String>) {
+    pub(crate) fn wrong(&self, what: impl Into<String>) {
         self.shared.host.failure.report(what);
     }
 
-    pub fn sabotage(&self, what: Sabotage) -> bool {
+    pub(crate) fn sabotage(&self, what: Sabotage) -> bool {
         self.shared.sabotage(what)
     }
 
-    pub fn some_table(&mut self) -> Arc<dyn AnyTable> {
+    pub(crate) fn some_table(&mut self) -> Arc<dyn AnyTable> {
         if self.random.one_in(3)
             && let Some(table) = self.shared.secondary.read().unwrap().clone()
         {
@@ -104,13 +105,13 @@ impl<'s> Worker<'s> {
         Arc::clone(&self.shared.primary)
     }
 
-    pub fn some_place(&mut self) -> Place {
+    pub(crate) fn some_place(&mut self) -> Place {
         let page = pick(&mut self.random);
         if self.random.one_in(5) { Place::Alias(page % SPAN) } else { Place::Page(page) }
     }
 
     /// Some pages of one region.
-    pub fn some_pages(&mut self) -> (usize, usize) {
+    pub(crate) fn some_pages(&mut self) -> (usize, usize) {
         let page = pick(&mut self.random);
         let most = SPAN - page % SPAN;
         let wanted = match self.random.below(16) {
@@ -125,7 +126,7 @@ impl<'s> Worker<'s> {
         (page, (1 + self.random.below(wanted as u64) as usize).min(most))
     }
 
-    pub fn some_range(&mut self) -> GpaRange {
+    pub(crate) fn some_range(&mut self) -> GpaRange {
         if self.random.one_in(6) {
             return alias_gpas();
         }
@@ -134,7 +135,7 @@ impl<'s> Worker<'s> {
     }
 }
 
-pub fn vcpu(worker: &mut Worker<'_>) {
+pub(crate) fn vcpu(worker: &mut Worker<'_>) {
     let table = worker.some_table();
     worker.doing(Activity::Read);
     match worker.random.below(64) {
@@ -148,7 +149,7 @@ pub fn vcpu(worker: &mut Worker<'_>) {
     }
 }
 
-pub fn host(worker: &mut Worker<'_>) {
+pub(crate) fn host(worker: &mut Worker<'_>) {
     let (first, count) = worker.some_pages();
     match worker.random.below(32) {
         0..14 if first / SPAN == MEMFD_REGION => {
@@ -168,7 +169,7 @@ pub fn host(worker: &mut Worker<'_>) {
     }
 }
 
-pub fn shape(worker: &mut Worker<'_>) {
+pub(crate) fn shape(worker: &mut Worker<'_>) {
     let table = worker.some_table();
     let range = worker.some_range();
     let removed = |worker: &mut Worker<'_>, what, result: Result<_, RemoveError>| match result {
@@ -226,7 +227,7 @@ pub fn shape(worker: &mut Worker<'_>) {
     }
 }
 
-pub fn members(worker: &mut Worker<'_>) {
+pub(crate) fn members(worker: &mut Worker<'_>) {
     worker.doing(Activity::SlotReplaced);
     match worker.random.below(8) {
         0 | 1 => worker.change_alias(),
@@ -239,7 +240,7 @@ pub fn members(worker: &mut Worker<'_>) {
     thread::sleep(Duration::from_micros(500 + worker.random.below(3000)));
 }
 
-pub fn migration(worker: &mut Worker<'_>) {
+pub(crate) fn migration(worker: &mut Worker<'_>) {
     worker.doing(Activity::Harvested);
     let parts = match worker.random.below(8) {
         0 => &PARTS[..],
@@ -253,13 +254,13 @@ pub fn migration(worker: &mut Worker<'_>) {
 
 /// Pages, and all the guest ranges that they may be in.
 #[derive(Debug, Clone, Copy)]
-pub struct Part {
+pub(crate) struct Part {
     pages: fn() -> Range<usize>,
     guest: &'static [fn() -> GpaRange],
 }
 
 /// What is migrated by itself.
-pub const PARTS: [Part; 3] = [
+pub(crate) const PARTS: [Part; 3] = [
     Part { pages: || 0..2 * SPAN, guest: &[|| gpas(0, 2 * SPAN), alias_gpas] },
     Part { pages: || LOGGED_REGION * SPAN..(LOGGED_REGION + 1) * SPAN, guest: &[|| gpas(LOGGED_REGION * SPAN, SPAN)] },
     Part { pages: || MEMFD_REGION * SPAN..(MEMFD_REGION + 1) * SPAN, guest: &[|| gpas(MEMFD_REGION * SPAN, SPAN)] },
@@ -269,7 +270,7 @@ pub const PARTS: [Part; 3] = [
 /// Whether it could.
 ///
 /// In this order: when the harvest returns nobody writes any more through a translation whose fact was taken.
-pub fn migrate(shared: &Shared, parts: &[Part]) -> bool {
+pub(crate) fn migrate(shared: &Shared, parts: &[Part]) -> bool {
     let host = &*shared.host;
     let mut written = vec![false; PAGES];
     for page in parts.iter().flat_map(|part| (part.pages)()) {

@@ -10,7 +10,9 @@ use std::{
     },
 };
 
-use notifier_core::{Access, Admission, CallConsumer, CallError, Extent, Gpa, GpaRange, Scope, Space, Subscription};
+use notifier_core::{
+    Access, Admission, CallConsumer, CallError, Extent, Gpa, GpaRange, JoinError, Scope, Space, Subscription,
+};
 use spte_core::{
     CollapseError, Flush, FlushError, FlushFailed, FlushRequest, Format, Found, HarvestError, HeapPages, MapError,
     MapOptions, Mapped, Miss, RemoveError, Removed, SplitError, Stats, Table, Translation, Upgrade, format::Kind,
@@ -20,14 +22,14 @@ use crate::host::{Host, frame_at};
 
 /// A TLB flush that takes its time, would rather not when it must not wait, and now and then fails.
 #[derive(Debug)]
-pub struct Flaky {
+pub(crate) struct Flaky {
     calls: AtomicU64,
     failures: Option<u64>,
 }
 
 impl Flaky {
     /// One flush in `failures` fails.
-    pub fn new(failures: Option<u64>) -> Self {
+    pub(crate) fn new(failures: Option<u64>) -> Self {
         Self { calls: AtomicU64::new(0), failures }
     }
 }
@@ -35,13 +37,13 @@ impl Flaky {
 impl Flush for Flaky {
     fn flush(&self, request: &FlushRequest<'_>) -> Result<(), FlushError> {
         let call = self.calls.fetch_add(1, Relaxed);
-        if request.nonblocking && call % 8 == 0 {
+        if request.nonblocking && call.is_multiple_of(8) {
             return Err(FlushError::WouldBlock);
         }
         if self.failures.is_some_and(|n| call % n == n - 1) {
             return Err(FlushError::Failed { code: 5 });
         }
-        if call % 16 == 0 {
+        if call.is_multiple_of(16) {
             std::thread::yield_now();
         }
         Ok(())
@@ -50,25 +52,25 @@ impl Flush for Flaky {
 
 /// How leaves are to be made.
 #[derive(Debug, Clone, Copy)]
-pub struct How {
-    pub access: Access,
-    pub armed: bool,
-    pub accessed: bool,
-    pub largest: u64,
+pub(crate) struct How {
+    pub(crate) access: Access,
+    pub(crate) armed: bool,
+    pub(crate) accessed: bool,
+    pub(crate) largest: u64,
 }
 
 /// A leaf, as a look at the table finds it.
 #[derive(Debug, Clone, Copy)]
-pub struct LeafSeen {
-    pub start: Gpa,
-    pub span: u64,
-    pub frame: Option<u32>,
+pub(crate) struct LeafSeen {
+    pub(crate) start: Gpa,
+    pub(crate) span: u64,
+    pub(crate) frame: Option<u32>,
     /// Writing is granted or armed.
-    pub writable: bool,
+    pub(crate) writable: bool,
 }
 
 /// A table of some format.
-pub trait AnyTable: Send + Sync + fmt::Debug {
+pub(crate) trait AnyTable: Send + Sync + fmt::Debug {
     fn translate<'s>(&self, scope: &'s Scope<'_>, gpa: Gpa, access: Access) -> Result<Translation<'s>, Miss>;
     fn map(&self, admission: &Admission<'_>, how: How) -> Result<Mapped, MapError>;
     fn protect(&self, admission: &Admission<'_>, range: GpaRange, access: Access) -> Result<Mapped, MapError>;
@@ -151,17 +153,24 @@ impl<F: Format> AnyTable for Table<F, HeapPages, Flaky> {
     }
 }
 
-/// A table, and its place in the space.
+/// A table of some format, and its place in the run's space: see [`join`].
 #[derive(Debug)]
 pub struct Member {
-    pub table: Arc<dyn AnyTable>,
-    pub subscription: Subscription,
+    pub(crate) table: Arc<dyn AnyTable>,
+    pub(crate) subscription: Subscription,
     /// For the end: pages that are not free yet.
-    pub pages: Arc<HeapPages>,
+    pub(crate) pages: Arc<HeapPages>,
 }
 
-/// Makes a table of `format` and joins it.
-pub fn join<F: Format>(space: &Space, format: F, failures: Option<u64>) -> Result<Member, notifier_core::JoinError> {
+/// Makes a table of `format` and joins it. Its flushes take their time, would block now and then where they must not, and
+/// fail: one in `failures`, or none.
+///
+/// # Errors
+/// [`JoinError`], as [`Space::subscribe`] has it.
+///
+/// # Panics
+/// Where the heap has no page for the root, and in flushes where `failures` is 0.
+pub fn join<F: Format>(space: &Space, format: F, failures: Option<u64>) -> Result<Member, JoinError> {
     let pages = Arc::new(HeapPages::new());
     let table = Table::new(space, format, Arc::clone(&pages), Flaky::new(failures)).expect("a root page");
     let subscription = space.subscribe(Arc::clone(&table))?;
@@ -170,19 +179,19 @@ pub fn join<F: Format>(space: &Space, format: F, failures: Option<u64>) -> Resul
 
 /// A device with an IOTLB of its own: it uses what it was told under a lock that calls take too.
 #[derive(Debug)]
-pub struct Device {
+pub(crate) struct Device {
     host: Arc<Host>,
-    pub mapped: Mutex<BTreeMap<Gpa, Extent>>,
+    pub(crate) mapped: Mutex<BTreeMap<Gpa, Extent>>,
     calls: AtomicU64,
 }
 
 impl Device {
-    pub fn new(host: Arc<Host>) -> Self {
+    pub(crate) fn new(host: Arc<Host>) -> Self {
         Self { host, mapped: Mutex::default(), calls: AtomicU64::new(0) }
     }
 
     /// What is mapped over `gpa`.
-    pub fn find(mapped: &BTreeMap<Gpa, Extent>, gpa: Gpa) -> Option<Extent> {
+    pub(crate) fn find(mapped: &BTreeMap<Gpa, Extent>, gpa: Gpa) -> Option<Extent> {
         let (_, extent) = mapped.range(..=gpa).next_back()?;
         extent.guest.contains(gpa).then_some(*extent)
     }
@@ -214,7 +223,7 @@ impl CallConsumer for Device {
     }
 
     fn make_read_only(&self, extent: &Extent) -> Result<bool, CallError> {
-        if self.calls.fetch_add(1, Relaxed) % 2 == 0 {
+        if self.calls.fetch_add(1, Relaxed).is_multiple_of(2) {
             return Ok(false);
         }
         match self.mapped.lock().unwrap().get_mut(&extent.guest.start()) {

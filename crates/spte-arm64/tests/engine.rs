@@ -5,118 +5,30 @@
 
 mod common;
 
-use std::sync::{
-    Arc, Mutex, OnceLock, Weak,
-    atomic::{AtomicBool, Ordering},
-};
+use std::{ops::Deref, sync::Arc};
 
 use common::*;
-use notifier_core::{Access, AddrRange, Admission, Change, Extent, Gpa, GpaRange, Outcome, OutputAddr, Space};
+use notifier_core::{Access, Change, Gpa, Outcome, OutputAddr};
 use spte_arm64::*;
-use spte_core::{
-    Flush, FlushError, FlushRequest, HeapPages, MapError, MapOptions, Mapped, RemoveError, Table, TableRangeError,
-    format::{Format, Kind, LeafSpec, Level},
-};
+use spte_core::{MapError, MapOptions, RemoveError, TableRangeError, format::Kind};
+use spte_drive::{Seen, range};
 
 const BLOCK: u64 = 2 << 20;
 
-/// One flush: its ranges, and what the watched entry was meanwhile.
-#[derive(Debug, Clone, PartialEq)]
-struct Seen {
-    ranges: Vec<(u64, u64, Option<Level>, bool)>,
-    kind: Kind,
-    level: Level,
-}
-
-#[derive(Default)]
-struct Log {
-    /// Somebody who comes while the next flush is under way.
-    failing: AtomicBool,
-    meanwhile: Mutex<Option<Box<dyn FnOnce() + Send>>>,
-    table: OnceLock<Weak<Table<Stage2, HeapPages, Watch>>>,
-    seen: Mutex<Vec<Seen>>,
-}
-
-struct Watch(Arc<Log>, Gpa);
-
-impl Flush for Watch {
-    fn flush(&self, request: &FlushRequest<'_>) -> Result<(), FlushError> {
-        let Some(table) = self.0.table.get().and_then(Weak::upgrade) else { return Ok(()) };
-        let found = table.entry(self.1).unwrap();
-        let range =
-            |flush: &spte_core::FlushRange| (flush.range.start().as_u64(), flush.range.len(), flush.leaf, flush.links);
-        let ranges = request.ranges.iter().map(range).collect();
-        self.0.seen.lock().unwrap().push(Seen { ranges, kind: found.kind, level: found.level });
-        let meanwhile = self.0.meanwhile.lock().unwrap().take();
-        if let Some(meanwhile) = meanwhile {
-            meanwhile();
-        }
-        match self.0.failing.load(Ordering::Relaxed) {
-            true => Err(FlushError::Failed { code: 5 }),
-            false => Ok(()),
-        }
-    }
-}
-
-struct Machine {
-    space: Space,
-    table: Arc<Table<Stage2, HeapPages, Watch>>,
-    log: Arc<Log>,
-    subscription: Option<notifier_core::Subscription>,
-}
-
-fn range(start: u64, len: u64) -> GpaRange {
-    AddrRange::with_len(Gpa::new(start), len).unwrap()
-}
+struct Machine(spte_drive::Machine<Stage2>);
 
 impl Machine {
     /// Watches the entry for `watched`.
     fn new(options: Stage2Options, watched: u64) -> Self {
-        let page = options.granule.bytes();
-        let space = Space::builder().page_size(page).unwrap().private_reclaim().build();
-        let log = Arc::new(Log::default());
-        let flush = Watch(Arc::clone(&log), Gpa::new(watched));
-        let table = Table::new(&space, stage2(options), Arc::new(HeapPages::new()), flush).unwrap();
-        assert!(log.table.set(Arc::downgrade(&table)).is_ok());
-        let subscription = Some(space.subscribe(Arc::clone(&table)).unwrap());
-        Self { space, table, log, subscription }
-    }
-
-    fn install<T>(
-        &self,
-        at: GpaRange,
-        output: u64,
-        access: Access,
-        install: impl FnOnce(&Admission<'_>) -> Result<T, MapError>,
-    ) -> Result<T, MapError> {
-        let mut walker = self.space.walker();
-        let extent = Extent { guest: at, output: OutputAddr::new(output), access };
-        walker.fault(at).unwrap().resolve(|_| Ok::<_, ()>(extent)).unwrap().install(install)
-    }
-
-    fn map(&self, start: u64, output: u64, len: u64, access: Access) -> Result<Mapped, MapError> {
-        self.install(range(start, len), output, access, |admission| self.table.map(admission, &MapOptions::default()))
-    }
-
-    fn spec(&self, at: u64) -> LeafSpec<Stage2Attrs> {
-        let found = self.table.entry(Gpa::new(at)).unwrap();
-        assert_eq!(found.kind, Kind::Leaf);
-        self.table.format().spec(found.level, found.raw)
-    }
-
-    fn kind(&self, at: u64) -> Kind {
-        self.table.entry(Gpa::new(at)).unwrap().kind
-    }
-
-    /// What was flushed since this was last asked.
-    fn flushes(&self) -> Vec<Seen> {
-        std::mem::take(&mut *self.log.seen.lock().unwrap())
+        Self(spte_drive::Machine::new(stage2(options), Seen::at(watched)))
     }
 }
 
-impl Drop for Machine {
-    fn drop(&mut self) {
-        drop(self.subscription.take());
+impl Deref for Machine {
+    type Target = spte_drive::Machine<Stage2>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
     }
 }
 
@@ -364,7 +276,7 @@ fn what_was_unmapped_is_filled_after_a_flush() {
     machine.map(0x1000, 0x8000, 0x1000, Access::RWX).unwrap();
     let other = Arc::clone(&machine);
     let fill = move || assert_eq!(other.map(0x1000, 0x9000, 0x1000, Access::RWX).unwrap().made, 1);
-    *machine.log.meanwhile.lock().unwrap() = Some(Box::new(fill));
+    machine.meanwhile(fill);
     machine.table.unmap(range(0x1000, 0x1000)).unwrap();
     let of_unmap = Seen { ranges: vec![(0x1000, 0x1000, Some(level(3)), false)], kind: Kind::Absent, level: level(3) };
     let of_fill = Seen { ranges: vec![(0x1000, 0x1000, None, true)], kind: Kind::Claimed, level: level(3) };
@@ -379,7 +291,7 @@ fn a_table_takes_a_blocks_place_after_a_flush() {
     machine.map(BLOCK, BLOCK, BLOCK, Access::RWX).unwrap();
     let other = Arc::clone(&machine);
     let fill = move || assert_eq!(other.map(BLOCK + 0x3000, 0x9000, 0x1000, Access::RWX).unwrap().made, 1);
-    *machine.log.meanwhile.lock().unwrap() = Some(Box::new(fill));
+    machine.meanwhile(fill);
     machine.table.unmap(range(BLOCK, BLOCK)).unwrap();
     let of_fill = Seen { ranges: vec![(BLOCK, BLOCK, None, true)], kind: Kind::Claimed, level: level(2) };
     assert_eq!(machine.flushes()[1..], [of_fill], "all of what the block translated");
@@ -392,13 +304,13 @@ fn a_table_for_a_special_entry_takes_a_blocks_place_after_a_flush() {
     let machine = Arc::new(Machine::new(default(), BLOCK));
     machine.map(BLOCK, BLOCK, BLOCK, Access::RWX).unwrap();
     let other = Arc::clone(&machine);
-    *machine.log.meanwhile.lock().unwrap() = Some(Box::new(move || {
+    machine.meanwhile(move || {
         let at = range(BLOCK + 0x3000, 0x1000);
         let owner = Owner(7).to_raw();
         other
             .install(at, 0x9000, Access::RWX, |admission| other.table.set_special(admission, at.start(), owner))
             .unwrap();
-    }));
+    });
     machine.table.unmap(range(BLOCK, BLOCK)).unwrap();
     let of_special = Seen { ranges: vec![(BLOCK, BLOCK, None, true)], kind: Kind::Claimed, level: level(2) };
     assert_eq!(machine.flushes()[1..], [of_special]);
@@ -410,14 +322,14 @@ fn a_table_for_a_special_entry_takes_a_blocks_place_after_a_flush() {
 fn after_a_failed_flush_what_was_unmapped_is_flushed_again_before_it_is_filled() {
     let machine = Machine::new(default(), 0x1000);
     machine.map(0x1000, 0x8000, 0x1000, Access::RWX).unwrap();
-    machine.log.failing.store(true, Ordering::Relaxed);
+    machine.fail(true);
     assert!(matches!(machine.table.unmap(range(0x1000, 0x1000)), Err(RemoveError::Flush { .. })));
     machine.flushes();
     let refused = machine.map(0x1000, 0x9000, 0x1000, Access::RWX);
     assert!(matches!(refused, Err(MapError::Flush { at, .. }) if at == Gpa::new(0x1000)), "{refused:?}");
     assert_eq!(machine.kind(0x1000), Kind::Absent);
     assert_eq!(machine.flushes().len(), 1);
-    machine.log.failing.store(false, Ordering::Relaxed);
+    machine.fail(false);
     machine.map(0x1000, 0x9000, 0x1000, Access::RWX).unwrap();
     assert_eq!(machine.flushes().len(), 1);
     // A flush of everything settles what failed: from then on nobody owes anything.

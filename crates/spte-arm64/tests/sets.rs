@@ -5,23 +5,22 @@
 mod common;
 
 use std::{
-    mem::take,
+    ops::Deref,
     sync::{
-        Arc, Mutex, OnceLock, Weak,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
 use common::*;
-use notifier_core::{
-    Access, AddrRange, Admission, Change, Extent, Gpa, GpaRange, Hva, Outcome, OutputAddr, SlotFlags, SlotSpec, Space,
-};
+use notifier_core::{Access, Admission, Change, Gpa, GpaRange, Hva, Outcome, OutputAddr, SlotFlags, SlotSpec};
 use spte_arm64::*;
 use spte_core::{
-    Entry, Flush, FlushError, FlushRequest, FoldError, Found, HarvestError, HeapPages, MapError, MapOptions, Mapped,
-    PageSource, RemoveError, SplitError, Table, TableLayout, TableRangeError,
+    Entry, FoldError, HarvestError, MapError, MapOptions, PageSource, RemoveError, SplitError, TableLayout,
+    TableRangeError,
     format::{Format, Kind, LeafSpec, Level, NotPresent},
 };
+use spte_drive::{named, range};
 
 /// The Contiguous bit.
 const MARK: u64 = 1 << 52;
@@ -38,101 +37,24 @@ struct Seen {
     leaves: usize,
 }
 
-struct Log<F: Format> {
-    failing: AtomicBool,
-    table: OnceLock<Weak<Table<F, HeapPages, Watch<F>>>>,
-    seen: Mutex<Vec<Seen>>,
-    /// What the sink was told.
-    dirty: Mutex<Vec<GpaRange>>,
-}
-
-struct Watch<F: Format>(Arc<Log<F>>, GpaRange);
-
-impl<F: Format> Flush for Watch<F> {
-    fn flush(&self, request: &FlushRequest<'_>) -> Result<(), FlushError> {
-        let Some(table) = self.0.table.get().and_then(Weak::upgrade) else { return Ok(()) };
-        let mut leaves = 0;
-        table.visit(self.1, |found| leaves += usize::from(found.kind == Kind::Leaf));
-        let range =
-            |flush: &spte_core::FlushRange| (flush.range.start().as_u64(), flush.range.len(), flush.leaf, flush.links);
-        let ranges = request.ranges.iter().map(range).collect();
-        self.0.seen.lock().unwrap().push(Seen { ranges, leaves });
-        match self.0.failing.load(Ordering::Relaxed) {
-            true => Err(FlushError::Failed { code: 5 }),
-            false => Ok(()),
-        }
-    }
-}
-
 /// A table, who flushes it, and who hears what was written.
-struct Machine<F: Format = Stage2> {
-    space: Space,
-    table: Arc<Table<F, HeapPages, Watch<F>>>,
-    log: Arc<Log<F>>,
-    subscription: Option<notifier_core::Subscription>,
-}
+struct Machine<F: Format = Stage2>(spte_drive::Machine<F, Seen>);
 
-fn range(start: u64, len: u64) -> GpaRange {
-    AddrRange::with_len(Gpa::new(start), len).unwrap()
+impl<F: Format> Deref for Machine<F> {
+    type Target = spte_drive::Machine<F, Seen>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
 }
 
 impl<F: Format<Attrs = Stage2Attrs>> Machine<F> {
     fn new(format: F, watched: GpaRange) -> Self {
-        let page = format.geometry().span(L3);
-        let log = Arc::new(Log {
-            failing: AtomicBool::new(false),
-            table: OnceLock::new(),
-            seen: Mutex::default(),
-            dirty: Mutex::default(),
-        });
-        let sink = Arc::clone(&log);
-        let space = Space::builder()
-            .page_size(page)
-            .unwrap()
-            .private_reclaim()
-            .dirty_sink(move |range: GpaRange| sink.dirty.lock().unwrap().push(range))
-            .build();
-        let flush = Watch(Arc::clone(&log), watched);
-        let table = Table::new(&space, format, Arc::new(HeapPages::new()), flush).unwrap();
-        assert!(log.table.set(Arc::downgrade(&table)).is_ok());
-        let subscription = Some(space.subscribe(Arc::clone(&table)).unwrap());
-        Self { space, table, log, subscription }
-    }
-
-    fn install<T>(
-        &self,
-        at: GpaRange,
-        output: u64,
-        access: Access,
-        install: impl FnOnce(&Admission<'_>) -> Result<T, MapError>,
-    ) -> Result<T, MapError> {
-        let mut walker = self.space.walker();
-        let extent = Extent { guest: at, output: OutputAddr::new(output), access };
-        walker.fault(at).unwrap().resolve(|_| Ok::<_, ()>(extent)).unwrap().install(install)
-    }
-
-    fn map_with(
-        &self,
-        at: GpaRange,
-        output: u64,
-        access: Access,
-        options: MapOptions<Stage2Attrs>,
-    ) -> Result<Mapped, MapError> {
-        self.install(at, output, access, |admission| self.table.map(admission, &options))
-    }
-
-    fn found(&self, at: u64) -> Found {
-        self.table.entry(Gpa::new(at)).unwrap()
-    }
-
-    fn kind(&self, at: u64) -> Kind {
-        self.found(at).kind
-    }
-
-    fn spec(&self, at: u64) -> LeafSpec<Stage2Attrs> {
-        let found = self.found(at);
-        assert_eq!(found.kind, Kind::Leaf, "{at:#x}");
-        self.table.format().spec(found.level, found.raw)
+        Self(spte_drive::Machine::new(format, move |table, request| {
+            let mut leaves = 0;
+            table.visit(watched, |found| leaves += usize::from(found.kind == Kind::Leaf));
+            Seen { ranges: named(request), leaves }
+        }))
     }
 
     fn is_marked(&self, at: u64) -> bool {
@@ -147,14 +69,9 @@ impl<F: Format<Attrs = Stage2Attrs>> Machine<F> {
         marked
     }
 
-    /// What was flushed since this was last asked.
-    fn flushes(&self) -> Vec<Seen> {
-        take(&mut *self.log.seen.lock().unwrap())
-    }
-
     /// Whether the sink was told of each byte of `range`, since it was last cleared.
     fn heard(&self, range: GpaRange) -> bool {
-        let mut told: Vec<GpaRange> = self.log.dirty.lock().unwrap().clone();
+        let mut told: Vec<GpaRange> = self.dirty().clone();
         told.sort_by_key(|told| told.start());
         let mut at = range.start();
         for told in told {
@@ -166,11 +83,7 @@ impl<F: Format<Attrs = Stage2Attrs>> Machine<F> {
     }
 
     fn heard_nothing(&self) -> bool {
-        self.log.dirty.lock().unwrap().is_empty()
-    }
-
-    fn fail(&self, failing: bool) {
-        self.log.failing.store(failing, Ordering::Relaxed);
+        self.dirty().is_empty()
     }
 
     /// Sets bits of the leaf over `at` as hardware does: a write only where DBM lets it, young only what is there. Whether
@@ -204,13 +117,6 @@ impl<F: Format<Attrs = Stage2Attrs>> Machine<F> {
                 Err(other) => old = other,
             }
         }
-    }
-}
-
-impl<F: Format> Drop for Machine<F> {
-    fn drop(&mut self) {
-        self.log.failing.store(false, Ordering::Relaxed);
-        drop(self.subscription.take());
     }
 }
 
@@ -872,7 +778,7 @@ fn a_write_that_another_member_recorded_is_not_lost() {
             let member = range(at, place.span);
             assert_eq!(machine.table.harvest_dirty(member), Ok(vec![member]));
             assert_eq!(machine.table.harvest_dirty(member), Ok(vec![]), "once");
-            machine.log.dirty.lock().unwrap().push(member);
+            machine.dirty().push(member);
         }),
         ("a restriction, and an unmap", |machine, place, at| {
             machine.table.restrict(range(at, place.span), Access::READ).unwrap();
@@ -893,7 +799,7 @@ fn a_write_that_another_member_recorded_is_not_lost() {
                 take(&machine, place, at);
                 let what = format!("{place:?}, page {page} recorded in {recorder}: {name}");
                 assert!(machine.heard(range(at, place.granule.bytes())), "{what}");
-                let told = machine.log.dirty.lock().unwrap().clone();
+                let told = machine.dirty().clone();
                 assert!(
                     told.iter().all(|told| place.whole().covers(told)),
                     "{what}: nothing else was written: {told:?}"
@@ -914,7 +820,7 @@ fn a_release_tells_of_all_of_a_written_set() {
     for place in Place::ALL {
         let mut machine = place.folded(Access::RWX);
         assert!(machine.record(place.at(4), WRITTEN));
-        drop(machine.subscription.take());
+        machine.0.leave();
         assert!(machine.heard(place.whole()), "{place:?}");
         assert_eq!(machine.kind(place.start()), Kind::Absent);
     }
@@ -1311,7 +1217,7 @@ impl Interrupted {
             place.assert_set(machine);
         }
         machine.table.check().map_err(|(at, why)| format!("{at}: {why}"))?;
-        machine.log.dirty.lock().unwrap().extend(self.harvested.lock().unwrap().iter());
+        machine.dirty().extend(self.harvested.lock().unwrap().iter());
         for written in self.written.lock().unwrap().iter() {
             for member in (0..place.members).filter(|member| written.covers(&place.member(*member))) {
                 let at = place.at(member);

@@ -14,17 +14,21 @@
 //! - [`Tlb`] is the hardware beside the table: it keeps what was touched until a flush names it, so that a flush that is
 //!   missing, or names too little, is a disagreement.
 //! - [`agree`] runs a whole sequence, [`agree_in_want`] one that now and then finds no page.
+//! - [`Machine`] is a table alone, for tests that are written by hand: it looks at each flush while it is under way.
 //!
-//! Nothing here panics on any input, whatever the table does: what is wrong comes back as a [`Disagreement`].
+//! Nothing here panics on any input, whatever the table does: what is wrong comes back as a [`Disagreement`]. ([`Machine`]
+//! does: what it is told is written by hand, and what goes wrong fails the test.)
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod bytes;
 mod driver;
+mod machine;
 mod pages;
 mod pair;
 mod tlb;
 
 pub use driver::{DriveError, Driven, Driver, Wrong};
+pub use machine::{Machine, Seen, Watch, WatchedTable, named, range};
 pub use pages::ScarcePages;
 pub use pair::{Disagreement, Pair, Step, Why, agree, agree_in_want};
 pub use tlb::Tlb;

@@ -5,14 +5,15 @@
 
 mod common;
 
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::ops::Deref;
 
 use common::*;
-use notifier_core::{Access, AddrRange, Change, Extent, Gpa, GpaRange, Outcome, OutputAddr, Space};
+use notifier_core::{Access, Change, Extent, Gpa, Outcome, OutputAddr};
 use spte_core::{
-    Flush, FlushError, FlushRequest, HeapPages, MapError, MapOptions, Mapped, Table, Upgrade,
-    format::{Format, Kind, LeafSpec, Level},
+    MapError, MapOptions, Mapped, Upgrade,
+    format::{Format, Kind, Level},
 };
+use spte_drive::{named, range};
 use spte_mips::bits::MODIFIED;
 use spte_mips::*;
 
@@ -23,54 +24,19 @@ struct Seen {
     raw: u64,
 }
 
-#[derive(Default)]
-struct Log {
-    table: OnceLock<Weak<Table<GpaTable, HeapPages, Watch>>>,
-    seen: Mutex<Vec<Seen>>,
-}
-
-struct Watch(Arc<Log>, Gpa);
-
-impl Flush for Watch {
-    fn flush(&self, request: &FlushRequest<'_>) -> Result<(), FlushError> {
-        let Some(table) = self.0.table.get().and_then(Weak::upgrade) else { return Ok(()) };
-        let found = table.entry(self.1).unwrap();
-        let range = |flush: &spte_core::FlushRange| (flush.range.start().as_u64(), flush.range.len(), flush.links);
-        let ranges = request.ranges.iter().map(range).collect();
-        self.0.seen.lock().unwrap().push(Seen { ranges, raw: found.raw });
-        Ok(())
-    }
-}
-
-struct Machine {
-    space: Space,
-    table: Arc<Table<GpaTable, HeapPages, Watch>>,
-    log: Arc<Log>,
-    subscription: Option<notifier_core::Subscription>,
-}
-
-fn range(start: u64, len: u64) -> GpaRange {
-    AddrRange::with_len(Gpa::new(start), len).unwrap()
-}
+struct Machine(spte_drive::Machine<GpaTable, Seen>);
 
 impl Machine {
     /// Watches the entry for `watched`.
     fn new(options: GpaOptions, watched: u64) -> Self {
-        let space = Space::builder().page_size(options.page.bytes()).unwrap().private_reclaim().build();
-        let log = Arc::new(Log::default());
-        let flush = Watch(Arc::clone(&log), Gpa::new(watched));
-        let table = Table::new(&space, table(options), Arc::new(HeapPages::new()), flush).unwrap();
-        assert!(log.table.set(Arc::downgrade(&table)).is_ok());
-        let subscription = Some(space.subscribe(Arc::clone(&table)).unwrap());
-        Self { space, table, log, subscription }
+        Self(spte_drive::Machine::new(table(options), move |table, request| {
+            let ranges = named(request).into_iter().map(|(start, len, _, links)| (start, len, links)).collect();
+            Seen { ranges, raw: table.entry(Gpa::new(watched)).unwrap().raw }
+        }))
     }
 
     fn map_with(&self, start: u64, output: u64, len: u64, options: &MapOptions<GpaAttrs>) -> Result<Mapped, MapError> {
-        let at = range(start, len);
-        let mut walker = self.space.walker();
-        let extent = Extent { guest: at, output: OutputAddr::new(output), access: Access::RWX };
-        let resolved = walker.fault(at).unwrap().resolve(|_| Ok::<_, ()>(extent)).unwrap();
-        resolved.install(|admission| self.table.map(admission, options))
+        self.0.map_with(range(start, len), output, Access::RWX, *options)
     }
 
     fn map(&self, start: u64, output: u64, len: u64) -> Result<Mapped, MapError> {
@@ -78,27 +44,15 @@ impl Machine {
     }
 
     fn raw(&self, at: u64) -> u64 {
-        self.table.entry(Gpa::new(at)).unwrap().raw
-    }
-
-    fn spec(&self, at: u64) -> LeafSpec<GpaAttrs> {
-        assert_eq!(self.kind(at), Kind::Leaf);
-        self.table.format().spec(L1, self.raw(at))
-    }
-
-    fn kind(&self, at: u64) -> Kind {
-        self.table.entry(Gpa::new(at)).unwrap().kind
-    }
-
-    /// What was flushed since this was last asked.
-    fn flushes(&self) -> Vec<Seen> {
-        std::mem::take(&mut *self.log.seen.lock().unwrap())
+        self.found(at).raw
     }
 }
 
-impl Drop for Machine {
-    fn drop(&mut self) {
-        drop(self.subscription.take());
+impl Deref for Machine {
+    type Target = spte_drive::Machine<GpaTable, Seen>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
     }
 }
 

@@ -6,107 +6,31 @@
 
 mod common;
 
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::{mem::take, ops::Deref, sync::Arc};
 
 use common::*;
-use notifier_core::{
-    Access, AddrRange, Admission, Change, Extent, Gpa, GpaRange, Outcome, OutputAddr, Space, Subscription,
-};
+use notifier_core::{Access, Change, Gpa, GpaRange, Outcome, OutputAddr};
 use spte_core::{
-    Entry, Flush, FlushError, FlushRange, FlushRequest, HeapPages, MapError, MapOptions, Mapped, Table,
-    format::{Format, Kind, LeafSpec, Level},
+    Entry, FlushRange, FlushRequest, MapError, MapOptions, Mapped,
+    format::{Format, Kind, Level},
 };
+use spte_drive::{Seen, range};
 use spte_ppc::*;
 
 const L1: Level = Level::LEAF;
 const PAGE: u64 = 0x1_0000;
 const LARGE: u64 = 2 << 20;
 
-/// One flush: its ranges, and what the watched entry was meanwhile.
-#[derive(Debug, Clone, PartialEq)]
-struct Seen {
-    ranges: Vec<(u64, u64, Option<Level>, bool)>,
-    kind: Kind,
-    level: Level,
-}
-
-type Meanwhile = Box<dyn FnOnce() + Send>;
-
-#[derive(Default)]
-struct Log {
-    /// Somebody who comes while the next flush is under way.
-    meanwhile: Mutex<Option<Meanwhile>>,
-    table: OnceLock<Weak<Table<Radix, HeapPages, Watch>>>,
-    seen: Mutex<Vec<Seen>>,
-}
-
-struct Watch(Arc<Log>, Gpa);
-
-impl Flush for Watch {
-    fn flush(&self, request: &FlushRequest<'_>) -> Result<(), FlushError> {
-        let Some(table) = self.0.table.get().and_then(Weak::upgrade) else { return Ok(()) };
-        let found = table.entry(self.1).unwrap();
-        let range = |flush: &FlushRange| (flush.range.start().as_u64(), flush.range.len(), flush.leaf, flush.links);
-        let ranges = request.ranges.iter().map(range).collect();
-        self.0.seen.lock().unwrap().push(Seen { ranges, kind: found.kind, level: found.level });
-        let meanwhile = self.0.meanwhile.lock().unwrap().take();
-        if let Some(meanwhile) = meanwhile {
-            meanwhile();
-        }
-        Ok(())
-    }
-}
-
-struct Machine {
-    space: Space,
-    table: Arc<Table<Radix, HeapPages, Watch>>,
-    log: Arc<Log>,
-    heard: Arc<Mutex<Vec<GpaRange>>>,
-    subscription: Option<Subscription>,
-}
-
-fn range(start: u64, len: u64) -> GpaRange {
-    AddrRange::with_len(Gpa::new(start), len).unwrap()
-}
+struct Machine(spte_drive::Machine<Radix>);
 
 impl Machine {
     /// Pages of 64K. Watches the entry for `watched`.
     fn new(watched: u64) -> Self {
-        let heard = Arc::new(Mutex::new(Vec::new()));
-        let sink = Arc::clone(&heard);
-        let space = Space::builder()
-            .page_size(PAGE)
-            .unwrap()
-            .private_reclaim()
-            .dirty_sink(move |range: GpaRange| sink.lock().unwrap().push(range))
-            .build();
-        let log = Arc::new(Log::default());
-        let flush = Watch(Arc::clone(&log), Gpa::new(watched));
-        let table = Table::new(&space, radix(BasePage::K64), Arc::new(HeapPages::new()), flush).unwrap();
-        assert!(log.table.set(Arc::downgrade(&table)).is_ok());
-        let subscription = Some(space.subscribe(Arc::clone(&table)).unwrap());
-        Self { space, table, log, heard, subscription }
-    }
-
-    fn install<T>(
-        &self,
-        at: GpaRange,
-        output: u64,
-        access: Access,
-        install: impl FnOnce(&Admission<'_>) -> Result<T, MapError>,
-    ) -> Result<T, MapError> {
-        let mut walker = self.space.walker();
-        let extent = Extent { guest: at, output: OutputAddr::new(output), access };
-        walker.fault(at).unwrap().resolve(|_| Ok::<_, ()>(extent)).unwrap().install(install)
+        Self(spte_drive::Machine::new(radix(BasePage::K64), Seen::at(watched)))
     }
 
     fn map_as(&self, start: u64, output: u64, len: u64, access: Access, attrs: RadixAttrs) -> Result<Mapped, MapError> {
-        let options = MapOptions::default().attrs(attrs);
-        self.install(range(start, len), output, access, |admission| self.table.map(admission, &options))
-    }
-
-    fn map(&self, start: u64, output: u64, len: u64, access: Access) -> Result<Mapped, MapError> {
-        self.map_as(start, output, len, access, RadixAttrs::default())
+        self.map_with(range(start, len), output, access, MapOptions::default().attrs(attrs))
     }
 
     /// The guest makes an access.
@@ -114,16 +38,6 @@ impl Machine {
         let mut walker = self.space.walker();
         let scope = walker.enter();
         self.table.translate(&scope, Gpa::new(at), access).unwrap();
-    }
-
-    fn spec(&self, at: u64) -> LeafSpec<RadixAttrs> {
-        let found = self.table.entry(Gpa::new(at)).unwrap();
-        assert_eq!(found.kind, Kind::Leaf);
-        self.table.format().spec(found.level, found.raw)
-    }
-
-    fn kind(&self, at: u64) -> Kind {
-        self.table.entry(Gpa::new(at)).unwrap().kind
     }
 
     /// The word in memory that decides about `at`.
@@ -151,17 +65,12 @@ impl Machine {
                 found = other;
             }
         };
-        *self.log.meanwhile.lock().unwrap() = Some(Box::new(store));
-    }
-
-    /// What was flushed since this was last asked.
-    fn flushes(&self) -> Vec<Seen> {
-        std::mem::take(&mut *self.log.seen.lock().unwrap())
+        self.meanwhile(store);
     }
 
     /// What was said to be written since this was last asked.
     fn heard(&self) -> Vec<GpaRange> {
-        std::mem::take(&mut *self.heard.lock().unwrap())
+        take(&mut *self.dirty())
     }
 
     fn change(&self, at: u64, expected: u64, new: u64) -> Outcome {
@@ -171,14 +80,16 @@ impl Machine {
         let report = guard.change_pte(&[change]).unwrap()[0].outcome;
         let flushes = self.flushes();
         guard.close().unwrap();
-        *self.log.seen.lock().unwrap() = flushes;
+        *self.seen() = flushes;
         report
     }
 }
 
-impl Drop for Machine {
-    fn drop(&mut self) {
-        drop(self.subscription.take());
+impl Deref for Machine {
+    type Target = spte_drive::Machine<Radix>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
     }
 }
 
@@ -332,7 +243,7 @@ fn what_was_unmapped_is_filled_after_a_flush() {
     machine.map(PAGE, 0x8_0000, PAGE, Access::RWX).unwrap();
     let other = Arc::clone(&machine);
     let fill = move || assert_eq!(other.map(PAGE, 0x9_0000, PAGE, Access::RWX).unwrap().made, 1);
-    *machine.log.meanwhile.lock().unwrap() = Some(Box::new(fill));
+    machine.meanwhile(fill);
     machine.table.unmap(range(PAGE, PAGE)).unwrap();
     let of_unmap = Seen { ranges: vec![(PAGE, PAGE, Some(L1), false)], kind: Kind::Absent, level: L1 };
     let of_fill = Seen { ranges: vec![(PAGE, PAGE, None, true)], kind: Kind::Claimed, level: L1 };

@@ -5,9 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, set_hook};
 
 use notifier_core::{Access, OutputAddr};
 use secondary_mmu_fuzz::decode::look_with;
-use spte_core::format::{
-    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, NotPresent, Touch, Transition, WriteProtect,
-};
+use spte_core::format::{EntryError, Format, FormatError, LeafSpec, Level, Touch, Transition, WriteProtect};
 use spte_x86::{Ept, EptAttrs, EptOptions};
 
 /// What is wrong.
@@ -76,33 +74,19 @@ impl Wrong {
 impl Format for Wrong {
     type Attrs = EptAttrs;
 
+    spte_drive::forward! {
+        geometry not_present claim_bit kind table spec is_young is_dirty
+    }
+
     fn name(&self) -> &'static str {
         "wrong"
-    }
-    fn geometry(&self) -> &Geometry {
-        self.0.geometry()
-    }
-    fn not_present(&self, level: Level) -> NotPresent {
-        self.0.not_present(level)
-    }
-    fn claim_bit(&self) -> u64 {
-        self.0.claim_bit()
     }
     fn hardware_bits(&self, level: Level, raw: u64) -> u64 {
         self.pick(Fault::HardwareUnclaims, || ACCESSED | DIRTY | 1 << 57, || self.0.hardware_bits(level, raw))
     }
-    fn kind(&self, level: Level, raw: u64) -> Kind {
-        self.0.kind(level, raw)
-    }
-    fn table(&self, level: Level, child: OutputAddr) -> Result<u64, FormatError> {
-        self.0.table(level, child)
-    }
     fn leaf(&self, level: Level, spec: &LeafSpec<EptAttrs>) -> Result<u64, FormatError> {
         let leaf = self.0.leaf(level, spec)?;
         Ok(self.pick(Fault::LeafElsewhere, || leaf ^ self.geometry().span(level), || leaf))
-    }
-    fn spec(&self, level: Level, raw: u64) -> LeafSpec<EptAttrs> {
-        self.0.spec(level, raw)
     }
     fn set_spte(&self, level: Level, old: u64, output: OutputAddr) -> Result<u64, FormatError> {
         let moved = self.0.set_spte(level, old, output)?;
@@ -127,9 +111,6 @@ impl Format for Wrong {
         let upgraded = self.0.upgrade(level, raw)?;
         Some(self.pick(Fault::UpgradeChangesNothing, || raw, || upgraded))
     }
-    fn is_young(&self, level: Level, raw: u64) -> bool {
-        self.0.is_young(level, raw)
-    }
     fn make_old(&self, level: Level, raw: u64) -> u64 {
         match self.1 {
             Fault::OldIsClean => self.0.make_old(level, raw) & !DIRTY,
@@ -139,9 +120,6 @@ impl Format for Wrong {
     }
     fn make_young(&self, level: Level, raw: u64) -> u64 {
         self.pick(Fault::YoungIsOld, || raw, || self.0.make_young(level, raw))
-    }
-    fn is_dirty(&self, level: Level, raw: u64) -> bool {
-        self.0.is_dirty(level, raw)
     }
     fn make_clean(&self, level: Level, raw: u64) -> u64 {
         self.pick(Fault::CleanIsDirty, || raw, || self.0.make_clean(level, raw))

@@ -18,7 +18,7 @@ use spte_arm64::*;
 use spte_core::{
     Entry, FoldError, HarvestError, MapError, MapOptions, PageSource, RemoveError, SplitError, TableLayout,
     TableRangeError,
-    format::{Format, Kind, LeafSpec, Level, NotPresent},
+    format::{Format, Kind, LeafSpec, Level},
 };
 use spte_drive::{named, range};
 
@@ -1065,100 +1065,19 @@ impl Watched {
 impl Format for Watched {
     type Attrs = Stage2Attrs;
 
-    fn name(&self) -> &'static str {
-        self.0.name()
+    spte_drive::forward! {
+        name geometry level_number not_present claim_bit hardware_bits table leaf spec set_spte
+        with_access write_protect upgrade is_young make_old make_young is_dirty make_clean touch split collapse
+        merge_facts set_shift set_member unmarked transition equal_contents_transition flushes_before_refill check
     }
-    fn geometry(&self) -> &spte_core::format::Geometry {
-        self.0.geometry()
-    }
-    fn level_number(&self, level: Level) -> i8 {
-        self.0.level_number(level)
-    }
-    fn not_present(&self, level: Level) -> NotPresent {
-        self.0.not_present(level)
-    }
-    fn claim_bit(&self) -> u64 {
-        self.0.claim_bit()
-    }
-    fn hardware_bits(&self, level: Level, raw: u64) -> u64 {
-        self.0.hardware_bits(level, raw)
-    }
+
     fn kind(&self, level: Level, raw: u64) -> Kind {
         self.asked(raw);
         self.0.kind(level, raw)
     }
-    fn table(&self, level: Level, child: OutputAddr) -> Result<u64, spte_core::format::FormatError> {
-        self.0.table(level, child)
-    }
-    fn leaf(&self, level: Level, spec: &LeafSpec<Stage2Attrs>) -> Result<u64, spte_core::format::FormatError> {
-        self.0.leaf(level, spec)
-    }
-    fn spec(&self, level: Level, raw: u64) -> LeafSpec<Stage2Attrs> {
-        self.0.spec(level, raw)
-    }
-    fn set_spte(&self, level: Level, old: u64, output: OutputAddr) -> Result<u64, spte_core::format::FormatError> {
-        self.0.set_spte(level, old, output)
-    }
-    fn with_access(&self, level: Level, raw: u64, access: Access) -> Result<u64, spte_core::format::FormatError> {
-        self.0.with_access(level, raw, access)
-    }
-    fn write_protect(&self, level: Level, raw: u64, how: spte_core::format::WriteProtect) -> u64 {
-        self.0.write_protect(level, raw, how)
-    }
-    fn upgrade(&self, level: Level, raw: u64) -> Option<u64> {
-        self.0.upgrade(level, raw)
-    }
-    fn is_young(&self, level: Level, raw: u64) -> bool {
-        self.0.is_young(level, raw)
-    }
-    fn make_old(&self, level: Level, raw: u64) -> u64 {
-        self.0.make_old(level, raw)
-    }
-    fn make_young(&self, level: Level, raw: u64) -> u64 {
-        self.0.make_young(level, raw)
-    }
-    fn is_dirty(&self, level: Level, raw: u64) -> bool {
-        self.0.is_dirty(level, raw)
-    }
-    fn make_clean(&self, level: Level, raw: u64) -> u64 {
-        self.0.make_clean(level, raw)
-    }
-    fn touch(&self, level: Level, raw: u64, access: Access) -> spte_core::format::Touch {
-        self.0.touch(level, raw, access)
-    }
-    fn split(&self, level: Level, raw: u64, index: usize) -> u64 {
-        self.0.split(level, raw, index)
-    }
-    fn collapse(&self, level: Level, child: u64) -> Option<u64> {
-        self.0.collapse(level, child)
-    }
-    fn merge_facts(&self, into_level: Level, into: u64, from_level: Level, from: u64) -> u64 {
-        self.0.merge_facts(into_level, into, from_level, from)
-    }
-    fn set_shift(&self, level: Level) -> u8 {
-        self.0.set_shift(level)
-    }
     fn in_set(&self, level: Level, raw: u64) -> bool {
         self.asked(raw);
         self.0.in_set(level, raw)
-    }
-    fn set_member(&self, level: Level, first: u64, index: usize) -> Option<u64> {
-        self.0.set_member(level, first, index)
-    }
-    fn unmarked(&self, level: Level, raw: u64) -> u64 {
-        self.0.unmarked(level, raw)
-    }
-    fn transition(&self, level: Level, old: u64, new: u64) -> spte_core::format::Transition {
-        self.0.transition(level, old, new)
-    }
-    fn equal_contents_transition(&self, level: Level, old: u64, new: u64) -> spte_core::format::Transition {
-        self.0.equal_contents_transition(level, old, new)
-    }
-    fn flushes_before_refill(&self) -> bool {
-        self.0.flushes_before_refill()
-    }
-    fn check(&self, level: Level, raw: u64) -> Result<(), spte_core::format::EntryError> {
-        self.0.check(level, raw)
     }
 }
 

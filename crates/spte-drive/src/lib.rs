@@ -14,6 +14,7 @@
 //! - [`Tlb`] is the hardware beside the table: it keeps what was touched until a flush names it, so that a flush that is
 //!   missing, or names too little, is a disagreement.
 //! - [`agree`] runs a whole sequence, [`agree_in_want`] one that now and then finds no page.
+//! - [`forward!`] makes a format of another, for faults that are planted.
 //! - [`Machine`] is a table alone, for tests that are written by hand: it looks at each flush while it is under way.
 //!
 //! Nothing here panics on any input, whatever the table does: what is wrong comes back as a [`Disagreement`]. ([`Machine`]
@@ -22,6 +23,7 @@
 
 mod bytes;
 mod driver;
+mod forward;
 mod machine;
 mod pages;
 mod pair;

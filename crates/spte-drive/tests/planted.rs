@@ -5,9 +5,7 @@ use notifier_core::{Access, OutputAddr};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
-use spte_core::format::{
-    EntryError, Format, FormatError, Geometry, Kind, LeafSpec, Level, NotPresent, Touch, Transition, WriteProtect,
-};
+use spte_core::format::{Format, FormatError, Kind, LeafSpec, Level, Transition, WriteProtect};
 use spte_drive::{DriveError, Driven, Why, Wrong, agree, agree_in_want};
 use spte_model::{MemType, Outcome, Shape};
 use spte_x86::{Ept, EptAttrs, EptMemoryType, EptOptions};
@@ -56,36 +54,17 @@ impl Broken {
 impl Format for Broken {
     type Attrs = EptAttrs;
 
+    spte_drive::forward! {
+        geometry level_number not_present claim_bit hardware_bits kind table spec is_young make_young
+        make_clean touch collapse equal_contents_transition check
+    }
+
     fn name(&self) -> &'static str {
         "broken"
-    }
-    fn geometry(&self) -> &Geometry {
-        self.0.geometry()
-    }
-    fn level_number(&self, level: Level) -> i8 {
-        self.0.level_number(level)
-    }
-    fn not_present(&self, level: Level) -> NotPresent {
-        self.0.not_present(level)
-    }
-    fn claim_bit(&self) -> u64 {
-        self.0.claim_bit()
-    }
-    fn hardware_bits(&self, level: Level, raw: u64) -> u64 {
-        self.0.hardware_bits(level, raw)
-    }
-    fn kind(&self, level: Level, raw: u64) -> Kind {
-        self.0.kind(level, raw)
-    }
-    fn table(&self, level: Level, child: OutputAddr) -> Result<u64, FormatError> {
-        self.0.table(level, child)
     }
     fn leaf(&self, level: Level, spec: &LeafSpec<EptAttrs>) -> Result<u64, FormatError> {
         let raw = self.0.leaf(level, spec)?;
         Ok(if self.has(Fault::SetsReserved) { raw | RESERVED } else { raw })
-    }
-    fn spec(&self, level: Level, raw: u64) -> LeafSpec<EptAttrs> {
-        self.0.spec(level, raw)
     }
     fn set_spte(&self, level: Level, old: u64, output: OutputAddr) -> Result<u64, FormatError> {
         let output = if self.has(Fault::RepointsNothing) { self.0.spec(level, old).output } else { output };
@@ -105,29 +84,14 @@ impl Format for Broken {
         let raw = self.0.upgrade(level, raw)?;
         Some(if self.has(Fault::NeverUpgrades) { self.0.write_protect(level, raw, WriteProtect::Arm) } else { raw })
     }
-    fn is_young(&self, level: Level, raw: u64) -> bool {
-        self.0.is_young(level, raw)
-    }
     fn make_old(&self, level: Level, raw: u64) -> u64 {
         if self.has(Fault::NeverAges) { raw } else { self.0.make_old(level, raw) }
-    }
-    fn make_young(&self, level: Level, raw: u64) -> u64 {
-        self.0.make_young(level, raw)
     }
     fn is_dirty(&self, level: Level, raw: u64) -> bool {
         !self.has(Fault::ForgetsDirty) && self.0.is_dirty(level, raw)
     }
-    fn make_clean(&self, level: Level, raw: u64) -> u64 {
-        self.0.make_clean(level, raw)
-    }
-    fn touch(&self, level: Level, raw: u64, access: Access) -> Touch {
-        self.0.touch(level, raw, access)
-    }
     fn split(&self, level: Level, raw: u64, index: usize) -> u64 {
         self.0.split(level, raw, if self.has(Fault::SplitsInPlace) { 0 } else { index })
-    }
-    fn collapse(&self, level: Level, child: u64) -> Option<u64> {
-        self.0.collapse(level, child)
     }
     fn merge_facts(&self, into_level: Level, into: u64, from_level: Level, from: u64) -> u64 {
         if self.has(Fault::MergesOneFact) { into } else { self.0.merge_facts(into_level, into, from_level, from) }
@@ -140,12 +104,6 @@ impl Format for Broken {
             _ => false,
         };
         if free { Transition::FREE } else { self.0.transition(level, old, new) }
-    }
-    fn equal_contents_transition(&self, level: Level, old: u64, new: u64) -> Transition {
-        self.0.equal_contents_transition(level, old, new)
-    }
-    fn check(&self, level: Level, raw: u64) -> Result<(), EntryError> {
-        self.0.check(level, raw)
     }
 }
 

@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use crate::decode::{self, NotAnEntry};
 use crate::format::ToolFormat;
-use crate::image::{self, Image, ImageError, Trouble};
+use crate::image::{self, Image, ImageError, Trouble, Walk};
 use crate::machine::{Machine, MachineError};
 use crate::script::{self, Limits, ParseError};
 use crate::setup::{FormatName, Options, Setup, SetupError, Use};
@@ -183,6 +183,9 @@ struct Dump {
     /// Address of the image's first byte
     #[arg(long, value_name = "ADDR", value_parser = script::number, default_value = "0")]
     base: u64,
+    /// Address of a table that holds nothing: links to it are empty entries, as in a MIPS kernel's directories
+    #[arg(long, value_name = "ADDR", value_parser = script::number)]
+    empty: Vec<u64>,
     /// Print entries with all their bits, not those of spte decode --mask alone
     #[arg(long)]
     raw: bool,
@@ -447,7 +450,8 @@ impl Use for Dumping<'_> {
         let Self { args, mut image, out } = self;
         let mut rows = 0_u64;
         let mut unread = None;
-        let walked = image::walk(&format, &mut image, args.root, args.limit, |entry| {
+        let walk = Walk { root: args.root, empty: &args.empty, limit: args.limit };
+        let walked = image::walk(&format, &mut image, walk, |entry| {
             rows += 1;
             let level = format.level_number(entry.level);
             let gpa = entry.gpa;

@@ -7,7 +7,7 @@
 use std::io::{self, Read, Seek, SeekFrom};
 
 use notifier_core::OutputAddr;
-use spte_core::format::{EntryError, Level};
+use spte_core::format::{EntryError, Kind, Level};
 use spte_core::raw::HardwareKind;
 use thiserror::Error;
 
@@ -134,8 +134,26 @@ pub struct Entry {
     pub trouble: Option<Trouble>,
 }
 
-/// Shows every entry of the table at `root` that is not zero and not this workspace's value for nothing: ascending,
-/// links before what is below them. Stops with the first error of `show`.
+/// Where a table is, and what of it is shown.
+#[derive(Debug, Clone, Copy)]
+pub struct Walk<'a> {
+    /// Address of the root.
+    pub root: u64,
+    /// Addresses of tables that hold nothing: a link to one of them is an empty entry.
+    pub empty: &'a [u64],
+    /// The most rows.
+    pub limit: u64,
+}
+
+/// Whether there is nothing: zero, this workspace's value for nothing, or facts that hardware wrote late into either.
+fn is_empty<F: ToolFormat>(format: &F, level: Level, raw: u64) -> bool {
+    raw == 0
+        || raw == format.not_present(level).absent
+        || (format.late_facts() && format.kind(level, raw) == Kind::Absent)
+}
+
+/// Shows every entry of a table that is not empty: ascending, links before what is below them. Stops with the first error of
+/// `show`.
 ///
 /// # Errors
 /// [`ImageError`] for the root, or for too many rows; whatever `show` returns. A link to a table that is not in the image
@@ -143,8 +161,7 @@ pub struct Entry {
 pub fn walk<F, R, E>(
     format: &F,
     image: &mut Image<R>,
-    root: u64,
-    limit: u64,
+    walk: Walk<'_>,
     mut show: impl FnMut(Entry) -> Result<(), E>,
 ) -> Result<(), E>
 where
@@ -152,6 +169,7 @@ where
     R: Read + Seek,
     E: From<ImageError>,
 {
+    let Walk { root, empty, limit } = walk;
     let geometry = *format.geometry();
     let align = geometry.table_bytes(geometry.top()) as u64;
     if root % align != 0 {
@@ -172,7 +190,11 @@ where
             continue;
         };
         let level = node.level;
-        if raw == 0 || raw == format.not_present(level).absent {
+        if is_empty(format, level, raw) {
+            continue;
+        }
+        let reading = format.reading(level, raw);
+        if matches!(reading, HardwareKind::Table(to) if empty.contains(&to.as_u64())) {
             continue;
         }
         let gpa = node.gpa + ((index as u64) << geometry.level(level).shift);
@@ -180,7 +202,6 @@ where
             return Err(ImageError::Rows { limit, gpa }.into());
         }
         rows += 1;
-        let reading = format.reading(level, raw);
         let mut child = None;
         let trouble = match (reading, level.below()) {
             (HardwareKind::Impossible(why), _) => Some(Trouble::Impossible(why)),

@@ -279,3 +279,49 @@ proptest! {
         prop_assert!(status == 0 || status == 2);
     }
 }
+
+/// Words as a big-endian processor stores them.
+fn big_endian(count: usize, entries: &[(usize, usize, u64)]) -> Vec<u8> {
+    pages(count, &entries.iter().map(|&(page, index, raw)| (page, index, raw.swap_bytes())).collect::<Vec<_>>())
+}
+
+/// R and C that a processor stored into an entry which was invalid by then make nothing of it.
+#[test]
+fn late_facts_alone_are_an_empty_entry() {
+    // A root of 64K, and a table of each level below.
+    let image = Image::new(&big_endian(
+        19,
+        &[
+            (0, 0, 0x8000_0000_0001_0009),
+            (0, 1, 0x100),
+            (16, 0, 0x8000_0000_0001_1009),
+            (17, 0, 0x8000_0000_0001_2009),
+            (18, 3, 0x180),
+            (18, 4, 0xc000_0000_0000_5105),
+            (18, 5, 0x80),
+        ],
+    ));
+    let rows = "L4 0x0 8000000000000009\nL3 0x0 8000000000000009\nL2 0x0 8000000000000009\nL1 0x4000 c000000000005105\n\
+        end 4\n";
+    assert_eq!(image.dump("ppc-radix --root 0"), (0, rows.into(), String::new()));
+}
+
+/// A kernel's empty directories lead to tables of its own that hold nothing.
+#[test]
+fn tables_that_hold_nothing_are_named_and_left_out() {
+    let link = |page: u64| 0x9800_0000_0000_0000 | page << 12;
+    let (pmd, pte) = (6, 7);
+    let mut entries: Vec<(usize, usize, u64)> = (0..1024).map(|index| (index / 512, index % 512, link(pmd))).collect();
+    entries.extend((0..512).map(|index| (2, index, link(pte))));
+    entries.extend((0..512).map(|index| (6, index, link(pte))));
+    entries.retain(|&(page, index, _)| !matches!((page, index), (0, 1) | (2, 3)));
+    entries.extend([(0, 1, link(2)), (2, 3, link(3)), (3, 4, 0x1234_578f)]);
+    let image = Image::new(&big_endian(8, &entries));
+    let rows =
+        "L3 0x40000000 9800000000000000\nL2 0x40600000 9800000000000000\nL1 0x40604000 0000000012345780\nend 3\n";
+    let named = image.dump("mips64 --ipa-bits 40 --root 0 --empty 0x6000 --empty 0x7000");
+    assert_eq!(named, (0, rows.into(), String::new()));
+    // Who does not say so has them shown.
+    let (status, out, _) = image.dump("mips64 --ipa-bits 40 --root 0");
+    assert_eq!((status, out.lines().last()), (0, Some(format!("end {}", 1023 * 513 + 514).as_str())));
+}

@@ -107,6 +107,9 @@ proptest! {
                 prop_assert_eq!(format.write_state(after), Some(WriteState::ReadOnly), "{}", name);
             }
         }
+        if !wanted.armed {
+            prop_assert_eq!(format.upgrade(level, leaf), None, "granted already, or never");
+        }
         let armed = format.write_protect(level, leaf, WriteProtect::Arm);
         prop_assert_eq!(format.touch(level, armed, Access::WRITE), Touch::Denied);
         prop_assert_eq!(format.upgrade(level, armed).is_some(), wanted.access.writable());

@@ -189,6 +189,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     }
 
     /// Output address of the root page: what a register or a device is told.
+    ///
+    /// Whoever told it something takes that back, and sees walks end, before the table is dropped: dropping frees the root, and
+    /// whatever tables are still linked, with no flush.
     pub fn root(&self) -> OutputAddr {
         self.root
     }

@@ -100,7 +100,9 @@ pub struct GpaOptions {
     /// Physical address bits: 32 to 59.
     pub physical_bits: u8,
     /// RI and XI are in use (PageGrain.RIE and XIE; QEMU: `helper_dmtc0_entrylo0`). Without, what can be read can be
-    /// executed, and there is no leaf that cannot be.
+    /// executed, and there is no leaf that cannot be. Not without where the walker fills a TLB that has RI: it moves the two
+    /// bits below G there in any case, and READ, which says the opposite, would be RI (QEMU: `get_tlb_entry_layout`,
+    /// `r4k_fill_tlb`, which look at no PageGrain).
     pub rixi: bool,
     /// The cache attribute of table pages: links are addresses in xkphys that have it.
     pub table_cache: Cache,

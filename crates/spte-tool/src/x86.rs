@@ -11,7 +11,7 @@ use spte_x86::bits::{ADDRESS, PAGE_SIZE, ept, long_mode};
 use spte_x86::software::{self, AccessedDirty, CLAIM, MMU_PRESENT};
 use spte_x86::{
     Ept, EptAttrs, EptMemoryType, EptOptions, HardwareKind, LongModeAttrs, LongModeFormat, MemoryType, Pat,
-    PatSelector, Usage, WriteState,
+    PatSelector, Step, Steps, Usage, WriteState,
 };
 
 use crate::format::{Explanation, Fields, Form, ToolFormat, nothing, rights, size_word, summary};
@@ -325,15 +325,11 @@ impl<U: Usage> ToolFormat for LongModeFormat<U> {
     /// Nested tables: every flush is one of the guest's ASID. Ordinary ones: `invlpg` for up to 33 pages, which also drops
     /// cached links; more are one load of CR3.
     fn asks(&self, request: &FlushRequest<'_>, ask: &mut dyn FnMut(&'static str, u64)) {
-        const MOST_PAGES: u64 = 33;
         if U::NESTED {
             return ask("asid", 1);
         }
-        let pages = |flush: &spte_core::FlushRange| {
-            let bits = flush.leaf.map_or(12, |leaf| 9 * u32::from(leaf.get()) + 3);
-            flush.range.len() >> bits
-        };
-        let pages = request.ranges.iter().map(pages).fold(0_u64, u64::saturating_add);
-        if request.all || pages > MOST_PAGES { ask("cr3", 1) } else { ask("invlpg", pages) }
+        for step in Steps::new(self, false, request) {
+            ask(if matches!(step, Step::Invlpg(_)) { "invlpg" } else { "cr3" }, 1);
+        }
     }
 }

@@ -14,6 +14,7 @@
 //! | find out why hardware would refuse an entry | [`check`], `check_hardware` of both formats |
 //! | fill VMCS, VMCB and control registers, read exit reasons | [`registers`] |
 //! | choose cache types | [`memtype`] |
+//! | know what a change owes, and carry out a flush | [`transition`], [`tlb`] |
 //!
 //! ```
 //! use notifier_core::{Access, OutputAddr};
@@ -38,7 +39,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! # The rules, and the tests named after them
+//! # Behaviours, and the tests that check them
 //!
 //! Numbers are those of the project's list of KVM's invariants.
 //!
@@ -58,7 +59,14 @@
 //! | I57 | no executable huge leaf under the mitigation | `entries`: `no_executable_huge_leaf_under_the_mitigation` |
 //! | I58 | ageing touches nothing but accessed | `entries`: `ageing_keeps_output_rights_and_dirty` |
 //! | I43 | absent, claimed and dead stay apart whatever hardware writes | `entries`: `three_values_survive_every_hardware_write` |
-//! | | encodings agree with what Linux 6.12 computes | `linux_values` |
+//! | | encodings agree with what Linux 6.12 computes | `linux_values`: `values_that_hold_nothing` and the rest |
+//! | | a flush names the EPTP, the ASID, or each leaf; many leaves go together | `tlb`: `invept_names_the_table_where_it_can`, `an_asid_is_flushed_by_the_next_vmrun`, `each_leaf_is_named_once_whatever_its_size`, `more_than_33_leaves_go_together_and_global_ones_with_them` |
+//! | | all that a table answers is what a sequential map of leaves would | `model` |
+//!
+//! # What it does not do
+//!
+//! - No shadow paging, no PAE or 32-bit tables, no sub-page permissions, no virtualization exceptions beyond the bit that
+//!   suppresses them.
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
@@ -70,7 +78,8 @@ pub mod memtype;
 pub mod mmio;
 pub mod registers;
 pub mod software;
-mod transition;
+pub mod tlb;
+pub mod transition;
 
 pub use bits::{Levels, OptionsError};
 pub use check::HardwareKind;
@@ -80,3 +89,4 @@ pub use memtype::{EptAttrs, EptMemoryType, LongModeAttrs, MemoryType, Pat, PatSe
 pub use mmio::{MmioAccess, MmioEntry, MmioError, MmioGeneration, MmioLayout, SlotGeneration};
 pub use registers::{Cr3, EptCapabilities, EptPointer, EptViolation, NestedCr3, NestedFault, RegisterError};
 pub use software::{AccessedDirty, WriteState};
+pub use tlb::{Invept, Step, Steps, TlbControl};

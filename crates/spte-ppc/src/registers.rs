@@ -224,7 +224,11 @@ impl PartitionEntry {
     /// As [`Root::new`]; [`RegisterError::TableSize`], and [`RegisterError::Unaligned`] or [`RegisterError::TooWide`] for
     /// the process table.
     pub fn new(format: &Radix, root: OutputAddr, process_table: u64, log2: u8) -> Result<Self, RegisterError> {
-        let process_table = table_word(OutputAddr::new(process_table), log2)? | GUEST_RADIX;
+        let base = OutputAddr::new(process_table);
+        if process_table >> ADDRESS_BITS != 0 {
+            return Err(RegisterError::TooWide { base, bits: ADDRESS_BITS });
+        }
+        let process_table = table_word(base, log2)? | GUEST_RADIX;
         Ok(Self { root: Root::new(format, root)?, process_table })
     }
 

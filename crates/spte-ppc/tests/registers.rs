@@ -89,6 +89,12 @@ fn registers_refuse_what_is_reserved() {
         let raw = 1 << 63 | 1 << bit;
         assert_eq!(table(raw), Err(RegisterError::Reserved { raw, bits: 1 << bit }));
     }
+    // A guest's tree translates 52 bits.
+    let partition = |base, log2| PartitionEntry::new(&format, ROOT, base, log2).map(|_| ());
+    let too_wide = |base| Err(RegisterError::TooWide { base: OutputAddr::new(base), bits: 52 });
+    assert_eq!(partition((1 << 52) - 0x1_0000, 16), Ok(()));
+    assert_eq!(partition(1 << 52, 16), too_wide(1 << 52));
+    assert_eq!(partition(1 << 59, 36), too_wide(1 << 59));
     // HR and GR: both radix.
     assert_eq!(table(0x18), Err(RegisterError::NotRadix { raw: 0x18 }));
     assert_eq!(PartitionEntry::from_raw(good, 1 << 63), Err(RegisterError::NotRadix { raw: good }));

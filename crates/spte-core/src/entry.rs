@@ -353,7 +353,7 @@ impl Claim<'_> {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests {
     use notifier_core::{Access, OutputAddr};
 

@@ -129,6 +129,14 @@ fn stride(geometry: &Geometry, range: &FlushRange) -> u64 {
     geometry.span(range.leaf.unwrap_or(Level::LEAF))
 }
 
+/// How many addresses all of `ranges` are. A flush has few ranges.
+fn leaves(geometry: &Geometry, ranges: &[FlushRange]) -> u64 {
+    ranges.split_first().map_or(0, |(first, rest)| {
+        let here = first.range.len().div_ceil(stride(geometry, first));
+        here.saturating_add(leaves(geometry, rest))
+    })
+}
+
 fn first(ranges: &[FlushRange]) -> u64 {
     ranges.first().map_or(0, |range| range.range.start().as_u64())
 }
@@ -137,8 +145,7 @@ impl<'a> Steps<'a> {
     /// What `request` needs. `globals`: leaves of this table may be global.
     pub fn new<U: Usage>(format: &LongModeFormat<U>, globals: bool, request: &FlushRequest<'a>) -> Self {
         let geometry = *format.geometry();
-        let pages = |flush: &FlushRange| flush.range.len().div_ceil(stride(&geometry, flush));
-        let many = request.ranges.iter().map(pages).fold(0_u64, u64::saturating_add) > MOST;
+        let many = leaves(&geometry, request.ranges) > MOST;
         let all = if globals { Step::Everything } else { Step::WriteCr3 };
         if request.all || many {
             Self { geometry, ranges: &[], next: 0, whole: Some(all) }

@@ -172,7 +172,9 @@ impl<'p> Cell<'p> {
         // be lost: then the caller looks again, and as there are few facts, it does so few times.
         let seen = format.raw_of(mirror.swap(format.memory_of(new)));
         if format.kind(self.level, old) == Kind::Leaf && seen & facts & !old != 0 {
-            mirror.store(format.memory_of(old | (seen & facts)));
+            // For that moment hardware had the new entry: what it wrote into it belongs to this page as well.
+            let more = format.raw_of(mirror.swap(format.memory_of(old | (seen & facts))));
+            mirror.set(format.memory_of(more & facts));
             claim.give_back(format);
             return Err(self.load(format));
         }
@@ -196,6 +198,8 @@ impl<'p> Cell<'p> {
         }
         let claimed = if soft { kept | format.claim_bit() } else { format.not_present(self.level).claimed };
         let exchanged = self.own.compare_exchange(format.memory_of(kept), format.memory_of(claimed));
+        // And the kept entry facts that `old` does not have.
+        let old = old | (kept & self.facts_in(format, old));
         exchanged.ok().map(|_| Claim { cell: *self, old })
     }
 
@@ -355,6 +359,8 @@ impl Claim<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use notifier_core::{Access, OutputAddr};
 
     use super::*;
@@ -366,6 +372,21 @@ mod tests {
     const LEAF: u64 = 2;
     /// Of leaves. In links it is an address bit: their tables have 256 bytes.
     const FACT: u64 = 0x100;
+    /// Another one, of leaves alone.
+    const ACCESSED: u64 = 4;
+
+    std::thread_local! {
+        /// What others do while a format is asked for a kind, until it is done.
+        static MEANWHILE: RefCell<Option<Box<dyn Fn() -> bool>>> = const { RefCell::new(None) };
+    }
+
+    fn meanwhile() {
+        MEANWHILE.with_borrow_mut(|hook| {
+            if hook.as_ref().is_some_and(|act| act()) {
+                *hook = None;
+            }
+        });
+    }
 
     /// As much of a format as a cell asks for.
     struct SmallTables(Geometry);
@@ -385,13 +406,14 @@ mod tests {
             0
         }
         fn hardware_bits(&self, _: Level, raw: u64) -> u64 {
-            if raw & (PRESENT | LEAF) == PRESENT { 0 } else { FACT }
+            if raw & (PRESENT | LEAF) == PRESENT { 0 } else { FACT | ACCESSED }
         }
         fn kind(&self, level: Level, raw: u64) -> Kind {
+            meanwhile();
             match (raw & PRESENT != 0, raw & LEAF != 0) {
                 (true, true) => Kind::Leaf,
                 (true, false) => Kind::Table(OutputAddr::new(raw & !0xff)),
-                (false, _) => self.not_present(level).kind(raw, FACT).unwrap_or(Kind::Special),
+                (false, _) => self.not_present(level).kind(raw, FACT | ACCESSED).unwrap_or(Kind::Special),
             }
         }
         fn table(&self, _: Level, _: OutputAddr) -> Result<u64, FormatError> {
@@ -440,7 +462,7 @@ mod tests {
             unreachable!()
         }
         fn merge_facts(&self, _: Level, into: u64, _: Level, from: u64) -> u64 {
-            into | (from & FACT)
+            into | (from & (FACT | ACCESSED))
         }
         fn transition(&self, _: Level, _: u64, _: u64) -> Transition {
             unreachable!()
@@ -450,10 +472,49 @@ mod tests {
         }
     }
 
+    fn small_tables() -> SmallTables {
+        let shape = [LevelShape { shift: 16, bits: 5, leaf: true }, LevelShape { shift: 21, bits: 9, leaf: true }];
+        SmallTables(Geometry::new(&shape).unwrap())
+    }
+
+    /// One processor uses the leaf just before it is exchanged, so that the exchange is taken back; another wrote through what was
+    /// there for that moment.
+    #[test]
+    fn a_fact_that_comes_while_an_exchange_is_taken_back_stays() {
+        let format = small_tables();
+        let old = 0x7000 | LEAF | PRESENT;
+        let (own, mirror): (&Entry, &Entry) =
+            (Box::leak(Box::new(Entry::new(old))), Box::leak(Box::new(Entry::new(old))));
+        let cell = Cell { own, mirror: Some(mirror), level: Level::LEAF, start: 0, span: 0x1_0000 };
+        mirror.set(ACCESSED);
+        let new = 0x9000 | LEAF | PRESENT;
+        MEANWHILE.set(Some(Box::new(move || {
+            let there = mirror.load() == new;
+            if there {
+                mirror.set(FACT);
+            }
+            there
+        })));
+        let found = cell.replace(&format, old, new).unwrap_err();
+        assert!(MEANWHILE.take().is_none(), "the new entry was there for a moment");
+        assert_eq!(found, old | ACCESSED | FACT);
+        assert_eq!(mirror.load(), old | ACCESSED | FACT);
+    }
+
+    /// The kept entry is the truth, whatever a guest does to the mirror.
+    #[test]
+    fn a_claim_has_the_facts_that_the_kept_entry_alone_has() {
+        let format = small_tables();
+        let old = 0x7000 | LEAF | PRESENT;
+        let (own, mirror) = (Entry::new(old | FACT), Entry::new(old));
+        let cell = Cell { own: &own, mirror: Some(&mirror), level: Level::LEAF, start: 0, span: 0x1_0000 };
+        let claim = cell.claim(&format, old).unwrap();
+        assert_eq!(claim.publish(&format, 0), old | FACT);
+    }
+
     #[test]
     fn links_that_differ_in_what_is_a_fact_of_leaves_are_two_links() {
-        let shape = [LevelShape { shift: 16, bits: 5, leaf: true }, LevelShape { shift: 21, bits: 9, leaf: true }];
-        let format = SmallTables(Geometry::new(&shape).unwrap());
+        let format = small_tables();
         let level = Level::new(2).unwrap();
         let (seen, there) = (0x7000 | PRESENT, 0x7100 | PRESENT);
         let (own, other) = (Entry::new(there), Entry::new(there));

@@ -83,7 +83,8 @@ fn arm64_leaves_change_their_frame_and_nothing_else() {
     }
 }
 
-/// On Power a page that is repointed is taken away, flushed and made again: a walk that comes in between waits, and no read faults.
+/// On Power a page that is repointed is taken away, flushed and made again: a walk that comes in between waits for it, and no page
+/// has to be faulted in again.
 #[test]
 fn radix_leaves_change_their_frame_and_nothing_else() {
     let _alone = alone();

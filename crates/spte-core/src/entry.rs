@@ -6,15 +6,15 @@
 //! - [`Cell::replace`]: one compare-exchange, for changes that take something away or record a fact;
 //! - [`Cell::claim`], then [`Claim::publish`] or [`Claim::give_back`]: for changes that add something, which have to be
 //!   checked after the claim and before the publishing;
-//! - [`Cell::kill`]: an exchange to DEAD, for entries of a table that is being unlinked.
+//! - [`Cell::kill`]: a compare-exchange to DEAD, for entries of a table that is being unlinked.
 //!
 //! # Claims
 //! An entry that is not present is claimed by the value CLAIMED. A present one is claimed by a software bit where the
 //! format has one: hardware and walkers go on with the old translation until the claim is decided, so a claim is never
 //! seen by a guest. Where the format has none, it becomes CLAIMED too, which a guest sees as a transient fault. Either way
 //! the claim's owner decides without allocating, calling, locking or faulting, so that whoever waits for it waits for
-//! moments. (Break-before-make is the one exception: there the claim is held across a flush, and the walkers that
-//! the flush waits for never wait for claims.)
+//! moments. (Formats that break before they make, or flush before they refill, are the exception: there the claim is held across
+//! a flush, and the walkers that the flush waits for never wait for claims.)
 //!
 //! # Mirrors
 //! Where hardware walks another page than the one the engine keeps (because a guest can write it), the kept entry is

@@ -335,7 +335,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     }
 
     /// Reports and clears facts that hardware left in entries of `range` that are no leaves any more. Waits for nothing:
-    /// who has claimed an entry sees to its facts.
+    /// what stands behind somebody's claim, in the entry or below it, is passed over, and told by who looks there next. That may
+    /// be after the operation that took the leaf away has returned: a known gap.
     pub(crate) fn collect_late(&self, range: GpaRange) {
         let format = &self.format;
         let Some(range) = self.clip(range) else { return };

@@ -49,6 +49,8 @@ proptest! {
         let before = format.spec(level, leaf);
         prop_assert_eq!(format.kind(level, leaf | CLAIM), Kind::Leaf);
         prop_assert_eq!(format.spec(level, leaf | CLAIM), before);
+        let rights = |(name, _): &(&str, u64)| matches!(*name, "raise" | "restrict");
+        prop_assert_eq!(operations(&format, level, leaf).iter().filter(|made| rights(made)).count(), 8, "each can be had");
         for (name, after) in operations(&format, level, leaf) {
             let spec = format.spec(level, after);
             prop_assert_eq!(format.check(level, after), Ok(()), "{} made {:#x} of {:#x}", name, after, leaf);

@@ -15,21 +15,24 @@
 //!   missing, or names too little, is a disagreement.
 //! - [`agree`] runs a whole sequence, [`agree_in_want`] one that now and then finds no page.
 //! - [`forward!`] makes a format of another, for faults that are planted.
+//! - [`operations`] is all that a format's functions may make of a leaf, without a table.
 //! - [`Machine`] is a table alone, for tests that are written by hand: it looks at each flush while it is under way.
 //!
 //! Nothing here panics on any input, whatever the table does: what is wrong comes back as a [`Disagreement`]. ([`Machine`]
-//! does: what it is told is written by hand, and what goes wrong fails the test.)
+//! and [`operations`] do: what they are told is written by hand, and what goes wrong fails the test.)
 #![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod bytes;
 mod driver;
 mod forward;
+mod leaf;
 mod machine;
 mod pages;
 mod pair;
 mod tlb;
 
 pub use driver::{DriveError, Driven, Driver, Wrong};
+pub use leaf::{operations, plain_leaf};
 pub use machine::{Machine, Seen, Watch, WatchedTable, named, range};
 pub use pages::ScarcePages;
 pub use pair::{Disagreement, Pair, Step, Why, agree, agree_in_want};

@@ -414,7 +414,7 @@ proptest! {
         let mut raw = format.leaf(L1, &first).unwrap();
         let layout = format.options().layout;
         for pick in picks {
-            for (name, result) in operations(&format, raw) {
+            for (name, result) in operations(&format, L1, raw) {
                 prop_assert_eq!(format.check(L1, result), Ok(()), "{}", name);
                 prop_assert!(result & layout.valid() == 0 || result & ACCESSED != 0, "{}", name);
                 prop_assert!(result & layout.dirty() == 0 || result & (WRITE | MODIFIED) == WRITE | MODIFIED, "{}", name);
@@ -422,7 +422,7 @@ proptest! {
                 prop_assert_eq!(spec.attrs, first.attrs, "{}", name);
                 prop_assert_eq!(format.leaf(L1, &spec), Ok(result), "{}", name);
             }
-            raw = pick.get(&operations(&format, raw)).1;
+            raw = pick.get(&operations(&format, L1, raw)).1;
         }
     }
 

@@ -5,7 +5,9 @@
 use notifier_core::{Access, OutputAddr};
 use proptest::prelude::*;
 use spte_arm64::*;
-use spte_core::format::{Format, LeafSpec, Level, WriteProtect};
+use spte_core::format::{Format, LeafSpec, Level};
+#[allow(unused_imports, reason = "not every test asks for both")]
+pub use spte_drive::{operations, plain_leaf as spec};
 
 pub const L3: Level = Level::LEAF;
 
@@ -116,38 +118,6 @@ pub fn leaf_level(format: &Stage2, pick: usize) -> Level {
         .filter(|level| *level <= format.geometry().top() && format.geometry().level(*level).leaf)
         .collect();
     levels[pick % levels.len()]
-}
-
-/// A plain leaf.
-pub fn spec(output: u64, access: Access) -> LeafSpec<Stage2Attrs> {
-    LeafSpec {
-        output: OutputAddr::new(output),
-        access,
-        armed: false,
-        accessed: true,
-        dirty: false,
-        attrs: Stage2Attrs::default(),
-    }
-}
-
-/// Every operation on a leaf that keeps its level, by name.
-pub fn operations(format: &Stage2, level: Level, raw: u64) -> Vec<(&'static str, u64)> {
-    let mut results = vec![
-        ("arm", format.write_protect(level, raw, WriteProtect::Arm)),
-        ("retain", format.write_protect(level, raw, WriteProtect::Retain)),
-        ("old", format.make_old(level, raw)),
-        ("young", format.make_young(level, raw)),
-        ("clean", format.make_clean(level, raw)),
-        ("merge", format.merge_facts(level, raw, level, raw)),
-        ("set_spte", format.set_spte(level, raw, OutputAddr::new(0)).unwrap()),
-    ];
-    results.extend(format.upgrade(level, raw).map(|raw| ("upgrade", raw)));
-    for bits in 0..8 {
-        let access = Access::from_bits_truncate(bits);
-        let name = if access.writable() { "raise" } else { "restrict" };
-        results.push((name, format.with_access(level, raw, access).unwrap()));
-    }
-    results
 }
 
 /// Operations that report the dirty fact, or exist to clear it.

@@ -4,7 +4,9 @@
 
 use notifier_core::{Access, OutputAddr};
 use proptest::prelude::*;
-use spte_core::format::{Format, LeafSpec, Level, WriteProtect};
+use spte_core::format::{LeafSpec, Level};
+#[allow(unused_imports, reason = "not every test asks for both")]
+pub use spte_drive::{operations, plain_leaf as spec};
 use spte_mips::*;
 
 pub const L1: Level = Level::LEAF;
@@ -66,34 +68,4 @@ pub fn fitted(format: &GpaTable, spec: LeafSpec<GpaAttrs>) -> LeafSpec<GpaAttrs>
     // What may be written unseen counts as written.
     let dirty = spec.dirty || (access.writable() && !spec.armed);
     LeafSpec { output, access, dirty, ..spec }
-}
-
-/// A plain leaf.
-pub fn spec(output: u64, access: Access) -> LeafSpec<GpaAttrs> {
-    LeafSpec {
-        output: OutputAddr::new(output),
-        access,
-        armed: false,
-        accessed: true,
-        dirty: false,
-        attrs: GpaAttrs::default(),
-    }
-}
-
-/// Every operation on a leaf, by name.
-pub fn operations(format: &GpaTable, raw: u64) -> Vec<(&'static str, u64)> {
-    let mut results = vec![
-        ("arm", format.write_protect(L1, raw, WriteProtect::Arm)),
-        ("retain", format.write_protect(L1, raw, WriteProtect::Retain)),
-        ("old", format.make_old(L1, raw)),
-        ("young", format.make_young(L1, raw)),
-        ("clean", format.make_clean(L1, raw)),
-        ("merge", format.merge_facts(L1, raw, L1, raw)),
-        ("set_spte", format.set_spte(L1, raw, OutputAddr::new(0)).unwrap()),
-    ];
-    results.extend(format.upgrade(L1, raw).map(|raw| ("upgrade", raw)));
-    for bits in 0..8 {
-        results.extend(format.with_access(L1, raw, Access::from_bits_truncate(bits)).ok().map(|raw| ("access", raw)));
-    }
-    results
 }

@@ -4,7 +4,9 @@
 
 use notifier_core::{Access, OutputAddr};
 use proptest::prelude::*;
-use spte_core::format::{Format, LeafSpec, Level, WriteProtect};
+use spte_core::format::{Format, LeafSpec, Level};
+#[allow(unused_imports, reason = "not every test asks for both")]
+pub use spte_drive::{operations, plain_leaf as spec};
 use spte_ppc::*;
 
 pub fn level(number: u8) -> Level {
@@ -58,36 +60,4 @@ pub fn fitted(format: &Radix, level: Level, spec: LeafSpec<RadixAttrs>) -> LeafS
         storage => storage,
     };
     LeafSpec { output, attrs: spec.attrs.storage(storage), ..spec }
-}
-
-/// A plain leaf.
-pub fn spec(output: u64, access: Access) -> LeafSpec<RadixAttrs> {
-    LeafSpec {
-        output: OutputAddr::new(output),
-        access,
-        armed: false,
-        accessed: true,
-        dirty: false,
-        attrs: RadixAttrs::default(),
-    }
-}
-
-/// Every operation on a leaf that keeps its level, by name.
-pub fn operations(format: &Radix, level: Level, raw: u64) -> Vec<(&'static str, u64)> {
-    let mut results = vec![
-        ("arm", format.write_protect(level, raw, WriteProtect::Arm)),
-        ("retain", format.write_protect(level, raw, WriteProtect::Retain)),
-        ("old", format.make_old(level, raw)),
-        ("young", format.make_young(level, raw)),
-        ("clean", format.make_clean(level, raw)),
-        ("merge", format.merge_facts(level, raw, level, raw)),
-        ("set_spte", format.set_spte(level, raw, OutputAddr::new(0)).unwrap()),
-    ];
-    results.extend(format.upgrade(level, raw).map(|raw| ("upgrade", raw)));
-    for bits in 0..8 {
-        let access = Access::from_bits_truncate(bits);
-        let name = if access.writable() { "raise" } else { "restrict" };
-        results.extend(format.with_access(level, raw, access).ok().map(|raw| (name, raw)));
-    }
-    results
 }

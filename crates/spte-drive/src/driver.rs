@@ -13,15 +13,16 @@ use notifier_core::{
 };
 use spte_core::format::{EntryError, Format, FormatError, Kind, LeafSpec, Level};
 use spte_core::{
-    CollapseError, FlushFailed, HarvestError, HeapPages, MapError, MapOptions, Mapped, Miss, PageSource, RemoveError,
+    CollapseError, FlushFailed, HarvestError, HeapPages, MapError, MapOptions, Mapped, PageSource, RemoveError,
     SplitError, Table, TableError, Upgrade,
 };
 use spte_model::{Fault, Leaf, Logging, MemType, Op, Outcome, PageChoice, Reject, Shape, TouchKind};
 use thiserror::Error;
 
 use crate::bytes::{Bytes, Nearest};
+use crate::hardware::{Caches, Hardware, Refusal, Software};
 use crate::pages::ScarcePages;
-use crate::tlb::{Cached, Tlb};
+use crate::tlb::Cached;
 
 /// A format, and what has to be known of it beyond [`Format`].
 #[derive(Debug, Clone)]
@@ -171,6 +172,14 @@ pub enum Wrong {
         /// Where.
         at: u64,
     },
+    /// Hardware that walks the table did what no table of its format may make it do, or does not answer.
+    #[error("hardware, at {at:#x}: {source}")]
+    Hardware {
+        /// Where a guest's access went, or the flush.
+        at: u64,
+        /// What it did.
+        source: Box<dyn Error + Send + Sync>,
+    },
 }
 
 /// An error of the table, which may be want of pages.
@@ -223,18 +232,18 @@ fn failed<E: Error + Send + Sync + 'static>(call: &'static str, at: u64) -> impl
 
 /// A table and its user.
 ///
-/// The table has joined a space of its own; its pages come from `P`, through a [`ScarcePages`]. Its hardware is a [`Tlb`]. Who
-/// translates is the driver alone, and it waits for nobody.
+/// The table has joined a space of its own; its pages come from `P`, through a [`ScarcePages`]. A guest's accesses are `H`'s, and
+/// a [`Tlb`](crate::Tlb) keeps what they saw. Who translates is the driver alone, and it waits for nobody.
 #[derive(Debug)]
-pub struct Driver<F: Format, P: PageSource = HeapPages> {
+pub struct Driver<F: Format, P: PageSource = HeapPages, H: Hardware<F> = Software> {
     shape: Shape,
     attrs: fn(MemType) -> Option<F::Attrs>,
     /// Ageing takes rights away, the right to write for good: it comes back as that of an armed leaf does.
     ages_by_rights: bool,
     // Before the space: it leaves.
     subscription: Option<Subscription>,
-    table: Arc<Table<F, ScarcePages<P>, Tlb>>,
-    tlb: Tlb,
+    table: Arc<Table<F, ScarcePages<P>, Caches<H>>>,
+    caches: Caches<H>,
     walker: Walker,
     space: Space,
     heard: Arc<Mutex<Vec<GpaRange>>>,
@@ -267,7 +276,7 @@ fn range(start: u64, len: u64) -> Result<GpaRange, DriveError> {
     AddrRange::with_len(Gpa::new(start), len).map_err(failed::<RangeError>("a range", start))
 }
 
-fn access(access: spte_model::Access) -> Access {
+pub(crate) fn access(access: spte_model::Access) -> Access {
     use spte_model::Access as Model;
     let pairs = [(Model::R, Access::READ), (Model::W, Access::WRITE), (Model::X, Access::EXECUTE)];
     pairs.into_iter().filter(|(model, _)| access.contains(*model)).map(|(_, ours)| ours).collect()
@@ -321,6 +330,16 @@ impl<F: Format, P: PageSource> Driver<F, P> {
     /// [`DriveError::OutOfPages`] if there is none for the root, [`DriveError::Wrong`] if the table cannot be made or
     /// does not join.
     pub fn with_pages(driven: Driven<F>, pages: ScarcePages<P>) -> Result<Self, DriveError> {
+        Self::with_hardware(driven, pages, Software)
+    }
+}
+
+impl<F: Format, P: PageSource, H: Hardware<F>> Driver<F, P, H> {
+    /// An empty table, with these pages, that this hardware walks.
+    ///
+    /// # Errors
+    /// As [`Driver::with_pages`], and [`Wrong::Hardware`] where it does not take the root.
+    pub fn with_hardware(driven: Driven<F>, pages: ScarcePages<P>, hardware: H) -> Result<Self, DriveError> {
         let Driven { format, shape, attrs } = driven;
         let heard = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&heard);
@@ -328,8 +347,10 @@ impl<F: Format, P: PageSource> Driver<F, P> {
         let hear = move |range: GpaRange| sink.lock().unwrap_or_else(PoisonError::into_inner).push(range);
         let space = builder.dirty_sink(hear).build();
         let ages_by_rights = ages_by_rights(&format, attrs);
-        let tlb = Tlb::new(goes_by_hints(&format, attrs));
-        let table = Table::new(&space, format, Arc::new(pages), tlb.clone()).map_err(|error| error.of("a table", 0))?;
+        let caches = Caches::new(goes_by_hints(&format, attrs), hardware);
+        let table = Table::new(&space, format, Arc::new(pages), caches.clone());
+        let table = table.map_err(|error| error.of("a table", 0))?;
+        caches.hardware.begin(table.root()).map_err(|source| Wrong::Hardware { at: 0, source })?;
         let subscription = Some(space.subscribe(Arc::clone(&table)).map_err(failed("subscribe", 0))?);
         let walker = space.walker();
         let [written, told, armed, open] = [(); 4].map(|()| Bytes::default());
@@ -339,7 +360,7 @@ impl<F: Format, P: PageSource> Driver<F, P> {
             ages_by_rights,
             subscription,
             table,
-            tlb,
+            caches,
             walker,
             space,
             heard,
@@ -351,13 +372,18 @@ impl<F: Format, P: PageSource> Driver<F, P> {
     }
 
     /// The table.
-    pub fn table(&self) -> &Table<F, ScarcePages<P>, Tlb> {
+    pub fn table(&self) -> &Table<F, ScarcePages<P>, Caches<H>> {
         &self.table
     }
 
     /// Where its pages come from.
     pub fn pages(&self) -> &ScarcePages<P> {
         self.table.pages()
+    }
+
+    /// What walks it.
+    pub fn hardware(&self) -> &H {
+        &self.caches.hardware
     }
 
     /// What the model knows of the format.
@@ -648,34 +674,29 @@ impl<F: Format, P: PageSource> Driver<F, P> {
 
     /// What a vCPU does, and the fault handler after it.
     fn touch(&mut self, gpa: u64, kind: TouchKind) -> Result<Outcome, DriveError> {
-        let wanted = access(kind.needs());
         let table = Arc::clone(&self.table);
         // At most one upgrade: what is still withheld after it is an error, not a reason to go on for ever.
         let mut upgraded = false;
         let old = self.ages_by_rights && self.is_old(gpa);
         loop {
-            let found = {
-                let scope = self.walker.enter();
-                let found = table.translate(&scope, Gpa::new(gpa), wanted);
-                found.map(|found| (found.output(), found.access()))
-            };
-            let miss = match found {
+            let found = self.caches.hardware.access(&table, &mut self.walker, Gpa::new(gpa), kind);
+            let refusal = match found.map_err(|source| Wrong::Hardware { at: gpa, source })? {
                 Ok(_) if old => return Err(Wrong::OldAllowed { at: gpa }.into()),
                 Ok((output, access)) => {
                     self.cache(gpa, output, access, kind == TouchKind::Write && self.shape.hw_dirty());
                     return Ok(Outcome::Touched { out: output.as_u64() });
                 }
-                Err(miss) => miss,
+                Err(refusal) => refusal,
             };
             if old {
                 // Looked at before the rights: hardware has none of them to look at.
                 self.rejuvenate(gpa)?;
                 return Ok(Outcome::Fault(Fault::AccessFlag));
             }
-            match miss {
-                Miss::Absent { .. } => return Ok(Outcome::Fault(Fault::Absent)),
-                Miss::Denied { armed: false, .. } => return Ok(Outcome::Fault(Fault::Perm)),
-                Miss::Denied { armed: true, .. } => {
+            match refusal {
+                Refusal::Absent => return Ok(Outcome::Fault(Fault::Absent)),
+                Refusal::Denied { armed: false } => return Ok(Outcome::Fault(Fault::Perm)),
+                Refusal::Denied { armed: true } => {
                     let found = table.upgrade(Gpa::new(gpa));
                     if found != Upgrade::Granted || upgraded {
                         return Err(Wrong::NotUpgraded { at: gpa, found }.into());
@@ -692,9 +713,8 @@ impl<F: Format, P: PageSource> Driver<F, P> {
                         self.written.insert(start, end);
                     }
                 }
-                Miss::Old { .. } if table.make_young(Gpa::new(gpa)) => return Ok(Outcome::Fault(Fault::AccessFlag)),
-                Miss::Old { .. } => return Err(Wrong::StaysOld { at: gpa }.into()),
-                miss => return Err(failed("translate", gpa)(miss)),
+                Refusal::Old if table.make_young(Gpa::new(gpa)) => return Ok(Outcome::Fault(Fault::AccessFlag)),
+                Refusal::Old => return Err(Wrong::StaysOld { at: gpa }.into()),
             }
         }
     }
@@ -724,7 +744,7 @@ impl<F: Format, P: PageSource> Driver<F, P> {
 
     /// What hardware keeps of a walk.
     fn cache(&self, gpa: u64, output: OutputAddr, access: Access, dirty: bool) {
-        let mut entries = self.tlb.entries();
+        let mut entries = self.caches.tlb.entries();
         for row in self.table.walk(Gpa::new(gpa)) {
             let (level, start, span) = (row.level, row.start.as_u64(), row.span);
             match row.kind {
@@ -745,7 +765,7 @@ impl<F: Format, P: PageSource> Driver<F, P> {
     /// [`Wrong`], where a flush is missing or named too little.
     pub fn check_cached(&self) -> Result<(), Wrong> {
         let format = self.table.format();
-        let entries = self.tlb.entries();
+        let entries = self.caches.tlb.entries();
         for (&page, &Cached { output, access, dirty, start, span, .. }) in &entries.pages {
             let stale = Wrong::Stale { page, output, access, start, span };
             let found = self.table.entry(Gpa::new(page)).filter(|found| found.kind == Kind::Leaf);
@@ -875,7 +895,7 @@ impl<F: Format, P: PageSource> Driver<F, P> {
     }
 }
 
-impl<F: Format, P: PageSource> Drop for Driver<F, P> {
+impl<F: Format, P: PageSource, H: Hardware<F>> Drop for Driver<F, P, H> {
     fn drop(&mut self) {
         drop(self.subscription.take());
     }

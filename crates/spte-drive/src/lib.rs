@@ -13,6 +13,7 @@
 //!   compared too: nothing may be there that was neither there before nor asked for, and nothing may be lost.
 //! - [`Tlb`] is the hardware beside the table: it keeps what was touched until a flush names it, so that a flush that is
 //!   missing, or names too little, is a disagreement.
+//! - [`Hardware`] is who walks: [`Software`] alone, or an MMU that somebody else made.
 //! - [`agree`] runs a whole sequence, [`agree_in_want`] one that now and then finds no page.
 //! - [`forward!`] makes a format of another, for faults that are planted.
 //! - [`operations`] is all that a format's functions may make of a leaf, without a table.
@@ -25,6 +26,7 @@
 mod bytes;
 mod driver;
 mod forward;
+mod hardware;
 mod leaf;
 mod machine;
 mod pages;
@@ -32,6 +34,7 @@ mod pair;
 mod tlb;
 
 pub use driver::{DriveError, Driven, Driver, Wrong};
+pub use hardware::{Caches, Hardware, Refusal, Software, Trouble};
 pub use leaf::{operations, plain_leaf};
 pub use machine::{Machine, Seen, Watch, WatchedTable, named, range};
 pub use pages::ScarcePages;

@@ -7,6 +7,7 @@ use spte_model::{Leaf, LeafError, Logging, Model, Op, Outcome, Reject};
 use thiserror::Error;
 
 use crate::driver::{DriveError, Driven, Driver, Wrong};
+use crate::hardware::{Hardware, Software};
 use crate::pages::ScarcePages;
 
 /// With fewer leaves than this all are compared after each operation, and every raw entry is checked; with more, only what
@@ -93,9 +94,9 @@ pub enum Step {
 
 /// A table and the model of it.
 #[derive(Debug)]
-pub struct Pair<F: Format, P: PageSource = HeapPages> {
+pub struct Pair<F: Format, P: PageSource = HeapPages, H: Hardware<F> = Software> {
     model: Model,
-    driver: Driver<F, P>,
+    driver: Driver<F, P, H>,
     /// Operations so far.
     index: usize,
     /// Leaves compared since all were.
@@ -118,8 +119,18 @@ impl<F: Format, P: PageSource> Pair<F, P> {
     /// # Errors
     /// See [`Driver::with_pages`].
     pub fn with_pages(driven: Driven<F>, pages: ScarcePages<P>) -> Result<Self, DriveError> {
+        Self::with_hardware(driven, pages, Software)
+    }
+}
+
+impl<F: Format, P: PageSource, H: Hardware<F>> Pair<F, P, H> {
+    /// Both empty, with these pages; the table is walked by this hardware.
+    ///
+    /// # Errors
+    /// See [`Driver::with_hardware`].
+    pub fn with_hardware(driven: Driven<F>, pages: ScarcePages<P>, hardware: H) -> Result<Self, DriveError> {
         let model = Model::new(driven.shape.clone());
-        Ok(Self { model, driver: Driver::with_pages(driven, pages)?, index: 0, looked_at: 0 })
+        Ok(Self { model, driver: Driver::with_hardware(driven, pages, hardware)?, index: 0, looked_at: 0 })
     }
 
     /// The model.
@@ -128,7 +139,7 @@ impl<F: Format, P: PageSource> Pair<F, P> {
     }
 
     /// The table and its user.
-    pub fn driver(&self) -> &Driver<F, P> {
+    pub fn driver(&self) -> &Driver<F, P, H> {
         &self.driver
     }
 

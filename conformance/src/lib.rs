@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Every format, read by an MMU that somebody else wrote.
+pub mod emulator;
+pub mod machine;
+pub mod machines;
+pub mod mailbox;
+pub mod memory;
+pub mod mmu;

@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What every machine is asked: one trait, whatever the emulator and its stub are like.
+//!
+//! A machine has memory that this program maps too ([`Ground`]), one processor whose MMU walks the tables there, and a stub at
+//! the hypervisor's privilege that is asked through a [`Mailbox`](crate::mailbox::Mailbox). A guest's access is a few
+//! instructions of a page of code that the table under test has to map like any other: [`Ground::fixed`].
+//!
+//! # What is in memory
+//! [`Ground::data`] is filled once: each 4 KiB of it begin with 16 bytes of code that come back to the stub with the number of
+//! these 4 KiB, and every other word has its own output address. So what a load or a fetch returns says where it went. A store
+//! writes a value that was never there, and the word is looked up where it should be.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use notifier_core::OutputAddr;
+use spte_core::FlushRequest;
+use spte_core::format::{Format, Level};
+use spte_drive::Driven;
+use spte_model::{Access, TouchKind};
+
+use crate::emulator::Lost;
+use crate::memory::Memory;
+
+/// A page that a guest needs to run at all. Tables under test map it before anything else, and operations keep away from
+/// the entry above it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fixed {
+    /// Where the guest has it; a multiple of the granule.
+    pub gpa: u64,
+    /// Where it is; a multiple of the granule.
+    pub output: u64,
+    /// What the guest may do there. Hardware may write no facts there but those that this access leaves.
+    pub access: Access,
+}
+
+/// Where things are in a machine's memory.
+#[derive(Debug, Clone)]
+pub struct Ground {
+    /// The memory.
+    pub memory: Arc<Memory>,
+    /// Output addresses for table pages.
+    pub tables: Range<u64>,
+    /// Output addresses of what the guest accesses; the start is a multiple of the largest leaf whose parts it can be, the
+    /// size a multiple of 4 KiB and at most 2^16 of them.
+    pub data: Range<u64>,
+    /// Output addresses that a large leaf may lead to, although only [`Ground::data`] in it is accessed: a multiple of
+    /// the largest leaf.
+    pub base: u64,
+    /// Pages that a guest needs.
+    pub fixed: Vec<Fixed>,
+    /// Output address of the word that tells a guest in a loop to come out, in a fixed page.
+    pub kick: u64,
+}
+
+/// One access of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GuestAccess {
+    /// Where: a multiple of 8. A fetch is of the code that begins there.
+    pub at: u64,
+    /// What.
+    pub kind: TouchKind,
+    /// What is stored.
+    pub value: u64,
+}
+
+/// What a fault was for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// Nothing is there.
+    Absent,
+    /// What is there does not grant the access.
+    Denied,
+    /// The leaf is old, and hardware leaves it to software to make it young.
+    Old,
+    /// An entry breaks a rule.
+    Misconfigured,
+    /// Anything else.
+    Other,
+}
+
+/// A fault, as the machine reported it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// What for.
+    pub class: Class,
+    /// The guest physical address that was reported, as far as the machine reports one.
+    pub at: Option<u64>,
+    /// How many low bits of the address are not reported, and 0 in [`Fault::at`].
+    pub blind: u32,
+    /// The level of the entry that faulted, where the machine says that.
+    pub level: Option<Level>,
+    /// Which access it says it was, where it says so.
+    pub kind: Option<TouchKind>,
+    /// The registers that said so, by name, for people.
+    pub syndrome: String,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.class)?;
+        if let Some(at) = self.at {
+            write!(f, " at {at:#x}")?;
+        }
+        if let Some(level) = self.level {
+            write!(f, " at level {}", level.get())?;
+        }
+        write!(f, " ({})", self.syndrome)
+    }
+}
+
+/// Why a guest came back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// It is done. What it loaded; or the number that the fetched code has; or anything, after a store.
+    Done {
+        /// See above.
+        value: u64,
+    },
+    /// It saw [`Ground::kick`] in its loop.
+    Kicked,
+    /// It faulted.
+    Fault(Fault),
+}
+
+/// What a guest does in a loop until it is kicked or faults: it goes over `pages` pages from `first` on, `stride` bytes apart, again
+/// and again. Of each it loads the word at offset [`Work::OFFSET`], which must be that word's own guest address, and
+/// counts a mismatch if not; in the last `written` of them it then stores the same value there. After each page it
+/// looks at the kick word; after each pass it stores the counts to [`Work::counts`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Work {
+    /// The first page.
+    pub first: u64,
+    /// How many.
+    pub pages: u64,
+    /// How far apart.
+    pub stride: u64,
+    /// How many of the last are written too.
+    pub written: u64,
+    /// Guest address of two words in a fixed page that may be written: passes, and mismatches.
+    pub counts: u64,
+}
+
+impl Work {
+    /// Where in a page the word is.
+    pub const OFFSET: u64 = 0x20;
+}
+
+/// A machine whose MMU walks tables of a format.
+pub trait Machine: Sized + Send + 'static {
+    /// The format.
+    type Format: Format + Clone;
+
+    /// What it is called on the command line and in reports, such as `arm64-s2-4k`.
+    fn name(&self) -> &str;
+
+    /// The format, and what the model has to know of it: no more address bits than the machine has.
+    fn driven(&self) -> Driven<Self::Format>;
+
+    /// Its memory.
+    fn ground(&self) -> &Ground;
+
+    /// The code that comes back from a guest with `number` as [`Exit::Done`]'s value: what the 4 KiB of data with this number
+    /// begin with. It must not load or store.
+    fn code(&self, number: u16) -> [u8; 16];
+
+    /// From now on the table at `root` is walked, and nothing is cached of any other.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    fn begin(&mut self, root: OutputAddr) -> Result<(), Lost>;
+
+    /// Lets a guest make one access. Nothing is flushed.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    fn access(&mut self, access: GuestAccess) -> Result<Exit, Lost>;
+
+    /// Carries a flush out exactly as the format's crate describes it, and no more.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    fn flush(&mut self, request: &FlushRequest<'_>) -> Result<(), Lost>;
+
+    /// What a fault handler does on its own processor before a guest goes back to an entry at `at` that allows the access
+    /// already: a leaf of which rights were raised may be cached with fewer. `None` where that cannot be: nothing is cached
+    /// across exits, so each fault is one.
+    fn refresh(&mut self, at: u64, level: Level) -> Option<Result<(), Lost>>;
+
+    /// Sets a guest to `work`, and does not wait.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    fn run(&mut self, work: Work) -> Result<(), Lost>;
+
+    /// Why the guest that was set to work came back, if it has.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    fn poll(&mut self) -> Result<Option<Exit>, Lost>;
+
+    /// Lets it go on where it was: after a kick, or with the access that faulted.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    fn resume(&mut self) -> Result<(), Lost>;
+
+    /// Whether flushes reach a guest that runs without a kick (a second processor broadcasts them). `false` here: the guest is
+    /// kicked, flushes are carried out, and the guest goes on.
+    fn broadcasts(&self) -> bool {
+        false
+    }
+}
+
+impl Ground {
+    /// Fills [`Ground::data`], as [`machine`](self) says.
+    pub fn fill(&self, code: impl Fn(u16) -> [u8; 16]) {
+        for page in self.data.clone().step_by(0x1000) {
+            self.memory.write(page, &code(((page - self.data.start) >> 12) as u16));
+            for word in (page + 16..page + 0x1000).step_by(8) {
+                self.memory.store(word, word);
+            }
+        }
+    }
+}

@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A [`Machine`] as the hardware of a table and its model.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use notifier_core::{Access, Gpa, OutputAddr, Walker};
+use spte_core::format::{Format, Kind, Touch};
+use spte_core::{Flush, FlushError, FlushRequest, Found, PageSource, Table};
+use spte_drive::{Hardware, Refusal, Software, Trouble};
+use spte_model::TouchKind;
+use thiserror::Error;
+
+use crate::emulator::Lost;
+use crate::machine::{Class, Exit, Fault, GuestAccess, Machine};
+
+/// What the MMU did that its table does not say.
+#[derive(Debug, Error)]
+pub enum Odd {
+    /// The machine is gone.
+    #[error(transparent)]
+    Lost(#[from] Lost),
+    /// A fault of a kind that no entry here may cause.
+    #[error("{kind:?} of {at:#x} faulted: {fault}; the entry is {entry}")]
+    Fault {
+        /// The access.
+        kind: TouchKind,
+        /// Where it went.
+        at: u64,
+        /// What the machine said.
+        fault: Fault,
+        /// What the table has.
+        entry: String,
+    },
+    /// What was reported is not what was accessed.
+    #[error("{kind:?} of {at:#x} was reported as {fault}; the entry is {entry}")]
+    Report {
+        /// The access.
+        kind: TouchKind,
+        /// Where it went.
+        at: u64,
+        /// What the machine said.
+        fault: Fault,
+        /// What the table has.
+        entry: String,
+    },
+    /// A load or fetch returned what no data has.
+    #[error("{kind:?} of {at:#x} gave {value:#x}, which is nowhere in the data")]
+    Value {
+        /// The access.
+        kind: TouchKind,
+        /// Where it went.
+        at: u64,
+        /// What came back.
+        value: u64,
+    },
+    /// A store did not go where the table leads.
+    #[error("a store to {at:#x} left {found:#x} at {output:#x}, where the table leads")]
+    Store {
+        /// Where it went.
+        at: u64,
+        /// Where the table leads.
+        output: u64,
+        /// What is there.
+        found: u64,
+    },
+    /// An access went somewhere although no leaf is there.
+    #[error("{kind:?} of {at:#x} reached {output:#x}; the entry is {entry}")]
+    Through {
+        /// The access.
+        kind: TouchKind,
+        /// Where it went.
+        at: u64,
+        /// Where it came to.
+        output: u64,
+        /// What the table has.
+        entry: String,
+    },
+    /// The guest came back for no reason.
+    #[error("the guest came back from {at:#x} as if it had been kicked")]
+    Kicked {
+        /// The access.
+        at: u64,
+    },
+}
+
+/// What is counted of a machine.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Accesses of guests.
+    pub accesses: AtomicU64,
+    /// Faults whose class, address, level and kind were compared.
+    pub faults: AtomicU64,
+    /// Faults on rights that were there already, in entries that were cached before they were raised.
+    pub spurious: AtomicU64,
+    /// Flushes that the format asked for.
+    pub flushes: AtomicU64,
+    /// Those that were left out on purpose.
+    pub left_out: AtomicU64,
+}
+
+impl Counts {
+    fn add(counter: &AtomicU64) {
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// What is left out of a machine on purpose, to see that it is missed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Without {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// Every flush.
+    Flushes,
+    /// Flushes of links: a flush that names a table that went carries no such mark.
+    Links,
+}
+
+struct Shared<M> {
+    machine: Mutex<M>,
+    counts: Counts,
+    without: Mutex<Without>,
+    token: AtomicU64,
+}
+
+/// A machine that walks. A clone is the same one.
+pub struct Mmu<M>(Arc<Shared<M>>);
+
+impl<M> Clone for Mmu<M> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<M: Machine> fmt::Debug for Mmu<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mmu").field("counts", &self.0.counts).finish_non_exhaustive()
+    }
+}
+
+impl<M: Machine> Mmu<M> {
+    /// The machine, with its data filled.
+    pub fn new(machine: M) -> Self {
+        machine.ground().fill(|number| machine.code(number));
+        let (counts, without) = (Counts::default(), Mutex::default());
+        Self(Arc::new(Shared { machine: Mutex::new(machine), counts, without, token: AtomicU64::new(1) }))
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> MutexGuard<'_, M> {
+        self.0.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What was counted.
+    pub fn counts(&self) -> &Counts {
+        &self.0.counts
+    }
+
+    /// Leaves something out from now on.
+    pub fn leave_out(&self, without: Without) {
+        *self.0.without.lock().unwrap_or_else(PoisonError::into_inner) = without;
+    }
+
+    /// Where an access is made for one at `at`: loads and stores are of words that are no code, fetches of the code.
+    pub fn place(at: u64, kind: TouchKind) -> u64 {
+        match kind {
+            TouchKind::Execute => at & !0xfff,
+            TouchKind::Read | TouchKind::Write if at & 0xff0 == 0 => at & !0xfff | 0x10,
+            TouchKind::Read | TouchKind::Write => at & !7,
+        }
+    }
+
+    /// One access, where the table has `entry`.
+    fn one<F: Format>(
+        &self,
+        machine: &mut M,
+        format: &F,
+        entry: &Found,
+        at: u64,
+        kind: TouchKind,
+    ) -> Result<Result<u64, Fault>, Odd> {
+        let counts = &self.0.counts;
+        Counts::add(&counts.accesses);
+        let place = Self::place(at, kind);
+        let value = self.0.token.fetch_add(1, Ordering::Relaxed) << 1 | 0xa5 << 56 | 1;
+        match machine.access(GuestAccess { at: place, kind, value })? {
+            Exit::Kicked => Err(Odd::Kicked { at }),
+            Exit::Fault(fault) => {
+                Counts::add(&counts.faults);
+                let address = fault.at.is_none_or(|reported| reported == place >> fault.blind << fault.blind);
+                let level = fault.level.is_none_or(|level| level == entry.level);
+                let right = fault.kind.is_none_or(|reported| reported == kind);
+                if !(address && level && right) {
+                    return Err(Odd::Report { kind, at: place, fault, entry: describe(format, entry) });
+                }
+                Ok(Err(fault))
+            }
+            Exit::Done { value: found } => {
+                let ground = machine.ground();
+                let odd = || Odd::Value { kind, at: place, value: found };
+                let output = match kind {
+                    TouchKind::Execute => ground.data.start + (found << 12),
+                    TouchKind::Read => found,
+                    TouchKind::Write => {
+                        let spec = format.spec(entry.level, entry.raw);
+                        let output = spec.output.as_u64() + (place - entry.start.as_u64());
+                        if entry.kind != Kind::Leaf || !ground.data.contains(&output) {
+                            return Err(odd());
+                        }
+                        let stored = ground.memory.load(output);
+                        ground.memory.store(output, output);
+                        if stored != value {
+                            return Err(Odd::Store { at: place, output, found: stored });
+                        }
+                        output
+                    }
+                };
+                // The offset in the granule has to be that of the access.
+                if !ground.data.contains(&output) || (output ^ place) & 0xfff != 0 {
+                    return Err(odd());
+                }
+                Ok(Ok(output - (output & 0xfff) + (at & 0xfff)))
+            }
+        }
+    }
+}
+
+/// An entry, for people.
+pub fn describe<F: Format>(format: &F, found: &Found) -> String {
+    let Found { start, span, level, kind, raw, .. } = *found;
+    let place = format!("{raw:#018x}, {kind:?} at {start} of {span:#x} bytes, level {}", level.get());
+    if kind == Kind::Leaf { format!("{place}, {:x?}", format.spec(level, raw)) } else { place }
+}
+
+impl<M: Machine> Flush for Mmu<M> {
+    fn flush(&self, request: &FlushRequest<'_>) -> Result<(), FlushError> {
+        Counts::add(&self.0.counts.flushes);
+        let without = *self.0.without.lock().unwrap_or_else(PoisonError::into_inner);
+        if without == Without::Flushes {
+            Counts::add(&self.0.counts.left_out);
+            return Ok(());
+        }
+        self.machine().flush(request).map_err(|_| FlushError::Failed { code: 0 })
+    }
+}
+
+impl<M: Machine> Hardware<M::Format> for Mmu<M> {
+    fn begin(&self, root: OutputAddr) -> Result<(), Trouble> {
+        self.machine().begin(root).map_err(|lost| Odd::from(lost).into())
+    }
+
+    fn access<P: PageSource, C: Flush>(
+        &self,
+        table: &Table<M::Format, P, C>,
+        walker: &mut Walker,
+        at: Gpa,
+        kind: TouchKind,
+    ) -> Result<Result<(OutputAddr, Access), Refusal>, Trouble> {
+        let mut machine = self.machine();
+        let fixed = machine.ground().fixed.iter();
+        let granule = table.format().geometry().span(spte_core::Level::LEAF);
+        if fixed.map(|page| page.gpa).any(|page| page == at.as_u64() & !(granule - 1)) {
+            // Its facts are there before the guest runs, so that running it leaves none.
+            drop(machine);
+            return Software.access(table, walker, at, kind);
+        }
+        let format = table.format();
+        let Some(entry) = table.entry(at) else { return Software.access(table, walker, at, kind) };
+        let wanted = match kind {
+            TouchKind::Read => Access::READ,
+            TouchKind::Write => Access::WRITE,
+            TouchKind::Execute => Access::EXECUTE,
+        };
+        let allowed =
+            entry.kind == Kind::Leaf && matches!(format.touch(entry.level, entry.raw, wanted), Touch::Allowed(_));
+        let mut answer = self.one(&mut machine, format, &entry, at.as_u64(), kind)?;
+        if let (Err(_), true) = (&answer, allowed) {
+            if let Some(refreshed) = machine.refresh(Self::place(at.as_u64(), kind), entry.level) {
+                refreshed.map_err(Odd::from)?;
+                Counts::add(&self.0.counts.spurious);
+                answer = self.one(&mut machine, format, &entry, at.as_u64(), kind)?;
+            }
+        }
+        let spec = || format.spec(entry.level, entry.raw);
+        match answer {
+            Ok(output) if entry.kind != Kind::Leaf => {
+                Err(Odd::Through { kind, at: at.as_u64(), output, entry: describe(format, &entry) }.into())
+            }
+            Ok(output) => {
+                let access = if spec().armed { spec().access.read_only() } else { spec().access };
+                Ok(Ok((OutputAddr::new(output), access)))
+            }
+            Err(Fault { class: Class::Absent, .. }) => Ok(Err(Refusal::Absent)),
+            Err(Fault { class: Class::Denied, .. }) => {
+                let armed = kind == TouchKind::Write && entry.kind == Kind::Leaf && spec().armed;
+                Ok(Err(Refusal::Denied { armed }))
+            }
+            Err(Fault { class: Class::Old, .. }) => Ok(Err(Refusal::Old)),
+            Err(fault) => {
+                let place = Self::place(at.as_u64(), kind);
+                Err(Odd::Fault { kind, at: place, fault, entry: describe(format, &entry) }.into())
+            }
+        }
+    }
+}

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use notifier_core::OutputAddr;
 use spte_core::FlushRequest;
-use spte_core::format::{Format, Level};
+use spte_core::format::{EntryError, Format, Level};
 use spte_drive::Driven;
 use spte_model::{Access, TouchKind};
 
@@ -147,6 +147,15 @@ impl Work {
     pub const OFFSET: u64 = 0x20;
 }
 
+/// Where a machine is known to do otherwise than the manual.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Leniency {
+    /// The rule, as [`EntryError`] names it, or a part of it.
+    pub rule: &'static str,
+    /// What the machine does, and where the manual has the rule.
+    pub why: &'static str,
+}
+
 /// A machine whose MMU walks tables of a format.
 pub trait Machine: Sized + Send + 'static {
     /// The format.
@@ -164,6 +173,17 @@ pub trait Machine: Sized + Send + 'static {
     /// The code that comes back from a guest with `number` as [`Exit::Done`]'s value: what the 4 KiB of data with this number
     /// begin with. It must not load or store.
     fn code(&self, number: u16) -> [u8; 16];
+
+    /// The format's rules about what hardware may find, without those about bits that are software's.
+    ///
+    /// # Errors
+    /// The rule that is broken.
+    fn check_hardware(&self, level: Level, raw: u64) -> Result<(), EntryError>;
+
+    /// Where this machine takes what a rule forbids, or refuses what none does.
+    fn leniencies(&self) -> &'static [Leniency] {
+        &[]
+    }
 
     /// From now on the table at `root` is walked, and nothing is cached of any other.
     ///

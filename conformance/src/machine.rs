@@ -42,12 +42,9 @@ pub struct Ground {
     pub memory: Arc<Memory>,
     /// Output addresses for table pages.
     pub tables: Range<u64>,
-    /// Output addresses of what the guest accesses; the start is a multiple of the largest leaf whose parts it can be, the
-    /// size a multiple of 4 KiB and at most 2^16 of them.
+    /// Output addresses of what the guest accesses; the start is a multiple of 2 MiB at least, the size a multiple of 4 KiB
+    /// and at most 2^16 of them.
     pub data: Range<u64>,
-    /// Output addresses that a large leaf may lead to, although only [`Ground::data`] in it is accessed: a multiple of
-    /// the largest leaf.
-    pub base: u64,
     /// Pages that a guest needs.
     pub fixed: Vec<Fixed>,
     /// Output address of the word that tells a guest in a loop to come out, in a fixed page.

@@ -6,3 +6,4 @@ pub mod machines;
 pub mod mailbox;
 pub mod memory;
 pub mod mmu;
+pub mod sequence;

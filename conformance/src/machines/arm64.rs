@@ -209,6 +209,8 @@ impl Machine for Arm64 {
             AccessedDirty::Hardware => shape.with_hw_ad(true),
             other => shape.with_hw_accessed(other.sets_accessed()),
         };
+        let largest = self.format.geometry().span(self.format.geometry().top());
+        let shape = shape.with_leaves_up_to(largest);
         let shape = if fwb { shape.with_forced_write_back() } else { shape };
         Driven { format: self.format.clone(), shape, attrs: if fwb { forced } else { plain } }
     }

@@ -16,13 +16,14 @@
 //!
 //! **The level hint** (FEAT_TTL) is exact or absent: hardware may leave alone what is cached of other levels. A range of
 //! which a link went has no hint, nor has one whose leaves are of several sizes; then every smallest page is named,
-//! or the whole VMID.
+//! or the whole VMID. Where links alone went, one address for each is enough: what is cached of a link goes with any address
+//! that is translated by it (Linux: `stage2_unmap_put_pte` flushes a table's entry by its first address).
 //!
 //! Before what was unmapped is used again without FWB, its caches are cleaned after this: see
 //! [`maintenance`](crate::maintenance).
 
 use spte_core::format::Level;
-use spte_core::{FlushRange, FlushRequest};
+use spte_core::{FlushRange, FlushRequest, Leaves};
 
 use crate::{bits::number_of, stage2::Stage2};
 
@@ -132,12 +133,16 @@ fn range_operand(format: &Stage2, features: TlbFeatures, ipa: u64, leaf: Option<
 
 /// The leaves of a range, where a hint may say so.
 fn hint(range: &FlushRange) -> Option<Level> {
-    if range.links { None } else { range.leaf }
+    if range.links.is_some() { None } else { range.leaves.level() }
 }
 
-/// Bytes that one invalidation by address is sure to cover.
+/// Bytes that one invalidation by address is sure to cover: of a range where links alone went, the span of a link.
 fn stride(format: &Stage2, range: &FlushRange) -> u64 {
-    1 << format.shift(hint(range).unwrap_or(Level::LEAF))
+    let level = match (range.leaves, range.links) {
+        (Leaves::None, Some(links)) => links,
+        _ => hint(range).unwrap_or(Level::LEAF),
+    };
+    1 << format.shift(level)
 }
 
 fn takes_too_many(format: &Stage2, features: TlbFeatures, range: &FlushRange) -> bool {

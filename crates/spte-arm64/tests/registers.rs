@@ -6,7 +6,7 @@ mod common;
 use common::*;
 use notifier_core::{Access, AddrRange, Gpa, OutputAddr};
 use spte_arm64::*;
-use spte_core::{FlushRange, FlushRequest, format::Level};
+use spte_core::{FlushRange, FlushRequest, Leaves, format::Level};
 
 #[test]
 fn vtcr_is_as_worked_out_by_hand() {
@@ -101,7 +101,9 @@ fn vttbr_holds_root_and_vmid() {
 }
 
 fn range(start: u64, len: u64, leaf: Option<Level>, links: bool) -> FlushRange {
-    FlushRange { range: AddrRange::with_len(Gpa::new(start), len).unwrap(), leaf, links }
+    let leaves = leaf.map_or(Leaves::Any, Leaves::Of);
+    let links = links.then(|| leaf.unwrap_or(Level::LEAF).above().unwrap());
+    FlushRange { range: AddrRange::with_len(Gpa::new(start), len).unwrap(), leaves, links }
 }
 
 fn steps(format: &Stage2, features: TlbFeatures, ranges: &[FlushRange], all: bool) -> Vec<Step> {
@@ -267,4 +269,24 @@ fn duties_are_done_in_order_and_stop_at_the_first_failure() {
     let fails = Recorder(Vec::new().into(), "clean");
     assert_eq!(all.perform(&fails, OutputAddr::new(0), 0x1000), Err("clean"));
     assert_eq!(*fails.0.borrow(), ["tags", "clean"]);
+}
+
+/// Where nothing was translated there is nothing to name but the link, once, and no size to hint at.
+#[test]
+fn a_link_that_goes_alone_is_one_address() {
+    let format = stage2(Stage2Options::default());
+    let links = |start, len, number| FlushRange {
+        range: AddrRange::with_len(Gpa::new(start), len).unwrap(),
+        leaves: Leaves::None,
+        links: Some(level(number)),
+    };
+    assert_eq!(steps(&format, HINTS, &[links(0x40_0000, 0x20_0000, 2)], false), around(&[Tlbi::Ipa(0x400)]));
+    // Two side by side, and one of a higher level.
+    let two = around(&[Tlbi::Ipa(0x400), Tlbi::Ipa(0x600)]);
+    assert_eq!(steps(&format, PLAIN, &[links(0x40_0000, 0x40_0000, 2)], false), two);
+    assert_eq!(steps(&format, PLAIN, &[links(0x4000_0000, 0x4000_0000, 1)], false), around(&[Tlbi::Ipa(0x4_0000)]));
+    // The leaves of the same table come by themselves, with their hint.
+    let both = [range(0x40_3000, 0x2000, Some(L3), false), links(0x40_0000, 0x20_0000, 2)];
+    let named = around(&[Tlbi::Ipa(0x7000_0000_0403), Tlbi::Ipa(0x7000_0000_0404), Tlbi::Ipa(0x400)]);
+    assert_eq!(steps(&format, HINTS, &both, false), named);
 }

@@ -32,7 +32,7 @@ use notifier_core::{AddrRange, Gpa, GpaRange, OutputAddr, ScopeWaitError};
 
 use crate::{
     entry::Cell,
-    flush::{Flush, FlushError, FlushRange},
+    flush::{Flush, FlushError, FlushRange, Leaves},
     format::{Format, Level},
     pages::PageSource,
     table::{Node, Table},
@@ -82,6 +82,36 @@ impl Owed {
     }
 }
 
+/// Where leaves were in a table, from its start to its end: a few runs, or nobody knows. Kept while its link is claimed, when
+/// nothing may be allocated.
+#[derive(Debug, Default)]
+pub(crate) struct Runs {
+    runs: [(u64, u64); MOST_RUNS],
+    len: usize,
+    many: bool,
+}
+
+/// Runs that are told apart; a table with more counts as full.
+const MOST_RUNS: usize = 4;
+
+impl Runs {
+    /// A leaf, behind all that were added before.
+    pub(crate) fn add(&mut self, start: u64, end: u64) {
+        match self.runs[..self.len].last_mut() {
+            Some(last) if last.1 == start => last.1 = end,
+            _ if self.len < MOST_RUNS => {
+                self.runs[self.len] = (start, end);
+                self.len += 1;
+            }
+            _ => self.many = true,
+        }
+    }
+
+    fn runs(&self) -> Option<&[(u64, u64)]> {
+        if self.many { None } else { Some(&self.runs[..self.len]) }
+    }
+}
+
 /// Ranges a batch remembers one by one; with more it flushes everything.
 const MOST_RANGES: usize = 32;
 
@@ -118,7 +148,7 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
     }
 
     /// `span` bytes at `start` have to be flushed; `leaf` is the level of what was there, `links` whether a link went.
-    pub(crate) fn add(&mut self, start: u64, span: u64, leaf: Option<Level>, links: bool) {
+    pub(crate) fn add(&mut self, start: u64, span: u64, leaves: Leaves, links: Option<Level>) {
         self.owe();
         if self.all {
             return;
@@ -128,14 +158,28 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
             self.all = true;
             return;
         };
-        let last = self.ranges.last_mut().filter(|last| (last.leaf, last.links) == (leaf, links));
+        let last = self.ranges.last_mut().filter(|last| (last.leaves, last.links) == (leaves, links));
         if let Some((last, joined)) = last.and_then(|last| last.range.joined(&range).map(|joined| (last, joined))) {
             last.range = joined;
         } else if self.ranges.len() < MOST_RANGES {
-            self.ranges.push(FlushRange { range, leaf, links });
+            self.ranges.push(FlushRange { range, leaves, links });
         } else {
             self.all = true;
             self.ranges.clear();
+        }
+    }
+
+    /// The link in `cell` was removed, to a table of level `below` that had leaves in these runs alone. A table that was full
+    /// is one range, so that neighbours join.
+    pub(crate) fn add_table(&mut self, cell: &Cell<'_>, below: Level, leaves: &Runs) {
+        match leaves.runs() {
+            Some(runs) if runs != [(cell.start, cell.end())] => {
+                for (start, end) in runs {
+                    self.add(*start, end - start, Leaves::Of(below), None);
+                }
+                self.add(cell.start, cell.span, Leaves::None, Some(cell.level));
+            }
+            _ => self.add(cell.start, cell.span, Leaves::Of(below), Some(cell.level)),
         }
     }
 
@@ -267,7 +311,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         }
         // What stood there may have been a leaf, a link, or both, one after the other.
         match AddrRange::with_len(Gpa::new(cell.start), cell.span) {
-            Ok(range) => self.flush_hardware(&[FlushRange { range, leaf: None, links: true }], false, false),
+            Ok(range) => {
+                self.flush_hardware(&[FlushRange { range, leaves: Leaves::Any, links: Some(cell.level) }], false, false)
+            }
             // The last bytes of the address space are in no range.
             Err(_) => self.flush_hardware(&[], true, false),
         }
@@ -280,5 +326,24 @@ impl<F: Format, P: PageSource, X: Flush> Drop for Batch<'_, F, P, X> {
             // An operation that ended early. If this fails too, the flush stays owed.
             let _ = self.flush(false);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbouring_leaves_are_one_run_and_many_runs_are_none() {
+        let mut runs = Runs::default();
+        assert_eq!(runs.runs(), Some(&[][..]));
+        for leaf in [0, 1, 2, 5, 6, 9, 11] {
+            runs.add(leaf, leaf + 1);
+        }
+        assert_eq!(runs.runs(), Some(&[(0, 3), (5, 7), (9, 10), (11, 12)][..]));
+        runs.add(12, 13);
+        assert_eq!(runs.runs().map(<[_]>::len), Some(MOST_RUNS));
+        runs.add(20, 21);
+        assert_eq!(runs.runs(), None);
     }
 }

@@ -16,7 +16,7 @@ use notifier_core::{AddrRange, Gpa, OutputAddr, PageChange, PageOutcome};
 use crate::{
     batch::Batch,
     entry::{Cell, View, view},
-    flush::Flush,
+    flush::{Flush, Leaves},
     format::Format,
     pages::PageSource,
     shape::Split,
@@ -131,7 +131,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             return self.change_broken(cell, raw, repointed);
         }
         cell.replace(format, raw, repointed).ok()?;
-        batch.add(cell.start, cell.span, Some(level), false);
+        batch.add(cell.start, cell.span, Leaves::Of(level), None);
         if format.is_dirty(level, raw) {
             batch.fact(cell);
         }
@@ -145,7 +145,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         batch.owe();
         let mut claim = cell.claim(format, raw)?;
         claim.take_away(format);
-        batch.add(cell.start, cell.span, Some(cell.level), false);
+        batch.add(cell.start, cell.span, Leaves::Of(cell.level), None);
         let flushed = batch.finish(false);
         // Again, for facts that came until the flush.
         let old = claim.take_away(format);
@@ -169,7 +169,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         if cell.replace(&self.format, raw, self.format.not_present(cell.level).absent).is_err() {
             return false;
         }
-        batch.add(cell.start, cell.span, Some(cell.level), false);
+        batch.add(cell.start, cell.span, Leaves::Of(cell.level), None);
         if self.format.is_dirty(cell.level, raw) {
             batch.fact(cell);
         }

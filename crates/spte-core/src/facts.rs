@@ -8,7 +8,7 @@ use notifier_core::{AddrRange, Gpa, GpaRange, primitive::Backoff};
 use crate::{
     batch::{Batch, FlushFailed},
     entry::{Cell, View, view},
-    flush::Flush,
+    flush::{Flush, Leaves},
     format::{Format, Kind},
     pages::PageSource,
     table::{Table, TableRangeError},
@@ -71,7 +71,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             match cell.replace(format, raw, old) {
                 Ok(()) => {
                     if transition.flush {
-                        batch.add(cell.start, cell.span, Some(cell.level), false);
+                        batch.add(cell.start, cell.span, Leaves::Of(cell.level), None);
                     }
                     return true;
                 }
@@ -159,7 +159,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 }
                 dirty.extend(AddrRange::with_len(Gpa::new(cell.start), cell.span));
                 if transition.flush {
-                    batch.add(cell.start, cell.span, Some(cell.level), false);
+                    batch.add(cell.start, cell.span, Leaves::Of(cell.level), None);
                 }
             }
             cursor.pass(&cell);

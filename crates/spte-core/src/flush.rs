@@ -5,16 +5,38 @@ use notifier_core::GpaRange;
 
 use crate::format::Level;
 
+/// The leaves that were removed or changed in a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Leaves {
+    /// There was none: links alone went.
+    None,
+    /// All were of this level. Not all of the range need have been leaves.
+    Of(Level),
+    /// They were of several levels, or nobody knows.
+    Any,
+}
+
+impl Leaves {
+    /// Their level, where all have the same.
+    pub const fn level(self) -> Option<Level> {
+        match self {
+            Self::Of(level) => Some(level),
+            Self::None | Self::Any => None,
+        }
+    }
+}
+
 /// One range to be dropped from TLBs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FlushRange {
     /// Guest physical bytes.
     pub range: GpaRange,
-    /// The level of every leaf that was removed or changed in it, where all had the same; a hint that must be exact or
-    /// absent.
-    pub leaf: Option<Level>,
-    /// A link was removed too: structures that cache links must be flushed.
-    pub links: bool,
+    /// What was translated there.
+    pub leaves: Leaves,
+    /// The level of the lowest entries that were links, and were removed or changed: what is cached of links must be flushed
+    /// too. Hardware that drops the links by which it would translate an address has to be given one address in each of their
+    /// spans, no more.
+    pub links: Option<Level>,
 }
 
 /// What to flush. Later flushes of the same table may be running at the same time.

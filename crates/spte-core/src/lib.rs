@@ -187,7 +187,7 @@ mod walk;
 pub use batch::FlushFailed;
 pub use entry::Entry;
 pub use facts::HarvestError;
-pub use flush::{Flush, FlushError, FlushRange, FlushRequest};
+pub use flush::{Flush, FlushError, FlushRange, FlushRequest, Leaves};
 pub use format::{Format, Level};
 pub use heap::HeapPages;
 pub use map::{MapError, MapOptions, Mapped, Upgrade};

@@ -10,7 +10,7 @@ use notifier_core::{Access, AddrRange, Admission, Extent, Gpa, GpaRange, OutputA
 use crate::{
     batch::{Batch, FlushFailed},
     entry::{Cell, View, view},
-    flush::Flush,
+    flush::{Flush, Leaves},
     format::{Format, FormatError, LeafSpec, Level},
     pages::{OutOfPages, PageSource},
     shape::{CannotSplit, Unlink, Unlinked},
@@ -557,7 +557,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         }
         claim.publish(format, new);
         if transition.flush {
-            batch.add(cell.start, cell.span, Some(cell.level), false);
+            batch.add(cell.start, cell.span, Leaves::Of(cell.level), None);
         }
         Ok(true)
     }
@@ -577,7 +577,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         batch.owe();
         let Some(mut claim) = cell.claim(format, raw) else { return Ok(false) };
         claim.take_away(format);
-        batch.add(cell.start, cell.span, Some(cell.level), false);
+        batch.add(cell.start, cell.span, Leaves::Of(cell.level), None);
         if let Err(source) = batch.finish(false) {
             // With the facts that came until now.
             let old = claim.publish(format, format.not_present(cell.level).absent);

@@ -10,7 +10,7 @@ use notifier_core::{Gpa, GpaRange};
 use crate::{
     batch::{Batch, FlushFailed},
     entry::{Cell, View, view},
-    flush::Flush,
+    flush::{Flush, Leaves},
     format::{Format, FormatError, Kind, Level, WriteProtect},
     pages::{OutOfPages, PageSource},
     shape::{CannotSplit, Split, Unlink, Unlinked},
@@ -177,7 +177,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 batch.fact(&cell);
             }
             if transition.flush {
-                batch.add(cell.start, cell.span, Some(cell.level), false);
+                batch.add(cell.start, cell.span, Leaves::Of(cell.level), None);
             }
             cursor.pass(&cell);
         }
@@ -269,7 +269,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                     }
                     removed.leaves += 1;
                     removed.young += u64::from(format.is_young(cell.level, raw));
-                    batch.add(cell.start, cell.span, Some(cell.level), false);
+                    batch.add(cell.start, cell.span, Leaves::Of(cell.level), None);
                     if format.is_dirty(cell.level, raw) {
                         removed.dirty += 1;
                         batch.fact(&cell);

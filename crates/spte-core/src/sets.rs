@@ -40,7 +40,7 @@ use notifier_core::{AddrRange, Gpa, GpaRange};
 use crate::{
     batch::{Batch, FlushFailed},
     entry::{Cell, Claim, View, view},
-    flush::Flush,
+    flush::{Flush, Leaves},
     format::{Format, Level},
     pages::PageSource,
     remove::Removed,
@@ -165,7 +165,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             Backoff::new().snooze();
             return batch.finish(nonblocking);
         }
-        batch.add(set.start, set.span, Some(set.level()), false);
+        batch.add(set.start, set.span, Leaves::Of(set.level()), None);
         let flushed = batch.finish(nonblocking);
         // After the flush, for facts that came until then.
         let Some(facts) = self.facts_of(set.level(), &mut claims) else { return flushed };
@@ -209,7 +209,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         for claim in claims {
             claim.publish(format, format.not_present(set.level()).absent);
         }
-        batch.add(set.start, set.span, Some(set.level()), false);
+        batch.add(set.start, set.span, Leaves::Of(set.level()), None);
         if format.is_young(set.level(), facts) {
             removed.young = removed.leaves;
         }
@@ -349,7 +349,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         for claim in &mut claims {
             claim.take_away(format);
         }
-        batch.add(set.start, set.span, Some(level), false);
+        batch.add(set.start, set.span, Leaves::Of(level), None);
         let flushed = batch.finish(false);
         let first = claims[0].old;
         let Some(facts) = self.facts_of(level, &mut claims) else { return Ok(false) };

@@ -19,9 +19,9 @@ use notifier_core::primitive::{Backoff, Pin, Twin, broken as forgets};
 use notifier_core::{AddrRange, Admission, Gpa, GpaRange, OutputAddr, Refused, Retry, SlotFlags};
 
 use crate::{
-    batch::{Batch, FlushFailed},
+    batch::{Batch, FlushFailed, Runs},
     entry::{Cell, Claim, View, view},
-    flush::Flush,
+    flush::{Flush, Leaves},
     format::{Format, Kind, Level},
     pages::{OutOfPages, PageSource},
     table::{Node, Private, Table, TableRangeError, fill},
@@ -203,7 +203,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         if cell.replace(format, raw, link).is_ok() {
             private.linked();
             if transition.flush {
-                batch.add(cell.start, cell.span, Some(cell.level), false);
+                batch.add(cell.start, cell.span, Leaves::Of(cell.level), None);
             }
         }
         batch.finish(nonblocking).map_err(CannotSplit::Flush)?;
@@ -224,7 +224,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         batch.owe();
         let Some(mut claim) = cell.claim(format, raw) else { return Ok(Split::LookAgain) };
         claim.take_away(format);
-        batch.add(cell.start, cell.span, Some(cell.level), false);
+        batch.add(cell.start, cell.span, Leaves::Of(cell.level), None);
         let flushed = batch.finish(nonblocking);
         // Again, for facts that came until the flush.
         let old = claim.take_away(format);
@@ -318,11 +318,11 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let Some(claim) = claim else { return Unlinked::LookAgain };
         if forgets(Twin::UnlinkLeavesChildren) {
             claim.publish(format, format.not_present(cell.level).absent);
-            batch.add(cell.start, cell.span, None, true);
+            batch.add(cell.start, cell.span, Leaves::Any, Some(cell.level));
             batch.unlink(page, &node);
             return Unlinked::Gone;
         }
-        let mut leaves = None;
+        let mut leaves = Runs::default();
         for (index, child) in node.cells().enumerate() {
             let mut backoff = Backoff::new();
             loop {
@@ -346,7 +346,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 }
                 if let Ok(was) = child.kill(format, old) {
                     if format.kind(child.level, was) == Kind::Leaf {
-                        leaves = Some(child.level);
+                        leaves.add(child.start, child.end());
                         if format.is_dirty(child.level, was) {
                             // In a set a write to any page may be recorded in any member.
                             let set = if self.is_member(child.level, was) { format.set_shift(child.level) } else { 0 };
@@ -361,7 +361,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             }
         }
         let was = claim.publish(format, format.not_present(cell.level).absent);
-        batch.add(cell.start, cell.span, leaves, true);
+        batch.add_table(cell, node.level, &leaves);
         batch.unlink(page, &node);
         if self.late_bits(cell.level, was) != 0 {
             // Of a leaf that this link had taken the place of.
@@ -493,7 +493,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 claims.into_iter().for_each(|claimed| claimed.give_back(format));
                 if broken {
                     // The link was away for a moment; what hardware cached on the way there is still right.
-                    batch.add(cell.start, cell.span, None, true);
+                    batch.add(cell.start, cell.span, Leaves::None, Some(cell.level));
                 }
                 claim.give_back(format);
                 return batch
@@ -521,7 +521,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             }
         }
         claim.publish(format, leaf);
-        batch.add(cell.start, cell.span, Some(below), true);
+        batch.add(cell.start, cell.span, Leaves::Of(below), Some(cell.level));
         batch.unlink(page, &node);
         batch.finish(false).map(|()| true).map_err(|source| CollapseError::Flush { source, absent: None })
     }
@@ -553,7 +553,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 leaf = format.merge_facts(level, leaf, below, was);
             }
         }
-        batch.add(span.start().as_u64(), span.len(), Some(below), true);
+        batch.add(span.start().as_u64(), span.len(), Leaves::Of(below), Some(level));
         batch.unlink(page, &node);
         batch.leave_late_facts();
         let cell = claim.cell;

@@ -34,7 +34,9 @@ impl Seen {
 
 /// The ranges of a flush, as [`Seen::ranges`] has them.
 pub fn named(request: &FlushRequest<'_>) -> Vec<(u64, u64, Option<Level>, bool)> {
-    let range = |part: &spte_core::FlushRange| (part.range.start().as_u64(), part.range.len(), part.leaf, part.links);
+    let range = |part: &spte_core::FlushRange| {
+        (part.range.start().as_u64(), part.range.len(), part.leaves.level(), part.links.is_some())
+    };
     request.ranges.iter().map(range).collect()
 }
 

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use notifier_core::{Access, OutputAddr};
 use spte_core::format::Level;
-use spte_core::{Flush, FlushError, FlushRequest};
+use spte_core::{Flush, FlushError, FlushRequest, Leaves};
 
 /// A translation of one page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,9 +82,13 @@ impl Flush for Tlb {
         }
         for part in request.ranges {
             let (start, end) = (part.range.start().as_u64(), part.range.end().as_u64());
-            let spared = |page: &Cached| self.sized && part.leaf.is_some_and(|level| level != page.level);
-            entries.pages.retain(|page, cached| !(start..end).contains(page) || spared(cached));
-            if part.links {
+            let named = |page: &Cached| match part.leaves {
+                Leaves::None => false,
+                Leaves::Of(level) => !self.sized || level == page.level,
+                Leaves::Any => true,
+            };
+            entries.pages.retain(|page, cached| !((start..end).contains(page) && named(cached)));
+            if part.links.is_some() {
                 let meets = |at: u64, span: u64| at < end && start < at.saturating_add(span);
                 entries.links.retain(|(_, at), (span, _)| !meets(*at, *span));
             }
@@ -126,9 +130,13 @@ mod tests {
 
     /// What a flush leaves: the pages, and how many links.
     fn left(sized: bool, start: u64, len: u64, leaf: Option<u8>, links: bool) -> (Vec<u64>, usize) {
+        left_by(sized, start, len, leaf.and_then(Level::new).map_or(Leaves::Any, Leaves::Of), links)
+    }
+
+    fn left_by(sized: bool, start: u64, len: u64, leaves: Leaves, links: bool) -> (Vec<u64>, usize) {
         let tlb = filled(sized);
         let range = AddrRange::with_len(Gpa::new(start), len).unwrap();
-        let ranges = [FlushRange { range, leaf: leaf.and_then(Level::new), links }];
+        let ranges = [FlushRange { range, leaves, links: links.then(|| level(2)) }];
         tlb.flush(&FlushRequest { ranges: &ranges, all: false, nonblocking: false }).unwrap();
         let entries = tlb.entries();
         (entries.pages.keys().copied().collect(), entries.links.len())
@@ -155,6 +163,9 @@ mod tests {
         assert_eq!(left(false, 0x40_0000, 0x1000, None, true), (vec![0x1000, 0x20_1000], 1));
         assert_eq!(left(false, 0x1000, 0x1000, None, true), (vec![0x20_1000], 0));
         assert_eq!(left(false, 0x1000, 0x1000, None, false), (vec![0x20_1000], 1));
+        for sized in [false, true] {
+            assert_eq!(left_by(sized, 0, 0x40_0000, Leaves::None, true), (vec![0x1000, 0x20_1000], 0), "links alone");
+        }
     }
 
     #[test]

@@ -34,7 +34,7 @@
 //! f1014d1b79d0). That this ends all walks that began before is inferred; on it rests that a table is free after the flush.
 //! A refill handler runs with interrupts off, so that a processor that takes part in a flush is in none.
 
-use spte_core::{FlushRange, FlushRequest};
+use spte_core::{FlushRange, FlushRequest, Leaves};
 
 use crate::{
     bits::{CKSEG_BYTES, CKSEG0, PageSize, bit_range},
@@ -253,6 +253,11 @@ impl<'a> Steps<'a> {
     /// Begins the next range, where nothing is left of the last; where it has too many pairs, all goes.
     fn begin(&mut self) {
         if let (0, Some((range, rest))) = (self.left, self.ranges.split_first()) {
+            if range.leaves == Leaves::None {
+                // Of links no TLB has anything; that walks which began before are over is what stopping the walker is for.
+                self.ranges = rest;
+                return self.begin();
+            }
             let (start, end) = (range.range.start().as_u64(), range.range.end().as_u64());
             self.next = start & !(self.pair_bytes - 1);
             // Whole pairs, at both ends.

@@ -8,12 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use common::*;
 use notifier_core::{Access, AddrRange, Gpa};
 use spte_core::format::Format;
-use spte_core::{FlushRange, FlushRequest};
+use spte_core::{FlushRange, FlushRequest, Leaves};
 use spte_mips::tlb::{filled, unique_entry_hi};
 use spte_mips::*;
 
 fn part(start: u64, len: u64) -> FlushRange {
-    FlushRange { range: AddrRange::with_len(Gpa::new(start), len).unwrap(), leaf: Some(L1), links: false }
+    FlushRange { range: AddrRange::with_len(Gpa::new(start), len).unwrap(), leaves: Leaves::Of(L1), links: None }
 }
 
 fn steps(format: &GpaTable, features: TlbFeatures, ranges: &[FlushRange], all: bool) -> Vec<Step> {
@@ -261,4 +261,16 @@ fn a_stale_buddy_goes_with_its_pair() {
             assert_eq!(tlb.slots[index].half(even).output(), 0x300_0000 + even);
         }
     }
+}
+
+/// No TLB has a link. That the walker was stopped is what ends walks through the table.
+#[test]
+fn links_that_go_alone_stop_the_walker_and_drop_no_pair() {
+    let format = table(GpaOptions::default());
+    use Step::*;
+    let links = FlushRange { leaves: Leaves::None, links: L1.above(), ..part(0, 2 << 20) };
+    assert_eq!(steps(&format, BOTH, &[links], false), [Sync, StopWalker, SelectGuest, SelectRoot, StartWalker]);
+    assert_eq!(steps(&format, NONE, &[links], false), [Sync]);
+    let around = [links, part(0x1000, 0x1000), links, part(0x8000, 0x1000), links];
+    assert_eq!(steps(&format, NONE, &around, false), [Sync, DropPair(0), DropPair(0x8000)]);
 }

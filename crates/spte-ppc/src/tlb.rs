@@ -34,7 +34,7 @@
 //! successor `H_RPT_INVALIDATE`, which takes a range and page sizes.
 
 use spte_core::format::{Format, Level};
-use spte_core::{FlushRange, FlushRequest};
+use spte_core::{FlushRange, FlushRequest, Leaves};
 
 use crate::radix::Radix;
 
@@ -192,13 +192,17 @@ impl<'a> Steps<'a> {
         }
         let range = *self.ranges.first()?;
         // What was there had several sizes, or none that anybody knows; or there is too much of it.
-        let Some(level) = range.leaf else { return self.all() };
+        let level = match (range.leaves, range.links) {
+            (Leaves::Of(level), _) => level,
+            (Leaves::None, Some(_)) => return self.links_alone(),
+            _ => return self.all(),
+        };
         let span = self.format.geometry().span(level);
         if self.next == range.range.start().as_u64() {
             if range.range.len() / span > MOST {
                 return self.all();
             }
-            if range.links && !self.walked {
+            if range.links.is_some() && !self.walked {
                 self.walked = true;
                 return Some(Tlbie::partition(self.lpid, Ric::PageWalk));
             }
@@ -212,6 +216,17 @@ impl<'a> Steps<'a> {
         self.several |= self.last.is_some();
         self.last = Some(tlbie);
         Some(tlbie)
+    }
+
+    /// A range where links alone went: the page-walk cache, once in a flush.
+    fn links_alone(&mut self) -> Option<Tlbie> {
+        self.ranges = &self.ranges[1..];
+        self.next = first(self.ranges);
+        if self.walked {
+            return self.invalidation();
+        }
+        self.walked = true;
+        Some(Tlbie::partition(self.lpid, Ric::PageWalk))
     }
 
     /// All of the partition, which leaves nothing to be done of the ranges.

@@ -11,7 +11,7 @@ use std::{mem::take, ops::Deref, sync::Arc};
 use common::*;
 use notifier_core::{Access, Change, Gpa, GpaRange, Outcome, OutputAddr};
 use spte_core::{
-    Entry, FlushRange, FlushRequest, MapError, MapOptions, Mapped,
+    Entry, FlushRange, FlushRequest, Leaves, MapError, MapOptions, Mapped,
     format::{Format, Kind, Level},
 };
 use spte_drive::{Seen, range};
@@ -217,7 +217,7 @@ fn an_unmapped_table_is_flushed_with_its_link() {
     let flushes = machine.flushes();
     assert_eq!(flushes.len(), 1);
     assert_eq!(flushes[0].ranges, [(0, LARGE, Some(L1), true)]);
-    let ranges = [FlushRange { range: range(0, LARGE), leaf: Some(L1), links: true }];
+    let ranges = [FlushRange { range: range(0, LARGE), leaves: Leaves::Of(L1), links: L1.above() }];
     let request = FlushRequest { ranges: &ranges, all: false, nonblocking: false };
     let steps: Vec<Step> = Steps::new(machine.table.format(), TlbFixes::default(), 3, &request).collect();
     assert_eq!(steps[1], Step::Tlbie(Tlbie::partition(3, Ric::PageWalk)));

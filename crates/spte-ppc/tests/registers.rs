@@ -6,7 +6,7 @@ mod common;
 use common::*;
 use notifier_core::{AddrRange, Gpa, OutputAddr};
 use spte_core::format::Level;
-use spte_core::{FlushRange, FlushRequest};
+use spte_core::{FlushRange, FlushRequest, Leaves};
 use spte_ppc::*;
 
 const L1: Level = Level::LEAF;
@@ -115,7 +115,9 @@ const NONE: TlbFixes = TlbFixes { erat: false, store_queue: false };
 const LPID: u32 = 7;
 
 fn range(start: u64, len: u64, leaf: Option<Level>, links: bool) -> FlushRange {
-    FlushRange { range: AddrRange::with_len(Gpa::new(start), len).unwrap(), leaf, links }
+    let leaves = leaf.map_or(Leaves::Any, Leaves::Of);
+    let links = links.then(|| leaf.unwrap_or(Level::LEAF).above().unwrap());
+    FlushRange { range: AddrRange::with_len(Gpa::new(start), len).unwrap(), leaves, links }
 }
 
 fn steps(format: &Radix, fixes: TlbFixes, ranges: &[FlushRange], all: bool) -> Vec<Step> {
@@ -241,4 +243,23 @@ fn fixes_repeat_the_last_invalidation() {
     // Of all of a partition: its translations.
     let all = steps(&format, TlbFixes { erat: true, store_queue: false }, &[], true);
     assert_eq!(all[2..4], [Step::Ptesync, Step::Tlbie(Tlbie { rb: 0x800, rs: 0, ric: Ric::Tlb })]);
+}
+
+/// Where nothing was translated the page-walk cache is all that has to go, and once is enough.
+#[test]
+fn links_that_go_alone_take_the_page_walk_cache_alone() {
+    let [k4, _] = both();
+    let links = |start| FlushRange {
+        range: AddrRange::with_len(Gpa::new(start), 2 << 20).unwrap(),
+        leaves: Leaves::None,
+        links: L1.above(),
+    };
+    let page = range(0x7000, 0x1000, Some(L1), false);
+    assert_eq!(named(&k4, &[links(0)], false), [WALK]);
+    assert_eq!(named(&k4, &[page, links(0), links(1 << 30), page], false), [va(0x7000), WALK, va(0x7000)]);
+    assert_eq!(named(&k4, &[links(0), range(2 << 20, 0x1000, Some(L1), true)], false), [WALK, va(2 << 20)]);
+    // The fixes are for translations.
+    let fixes = TlbFixes { erat: true, store_queue: true };
+    let alone = [Step::Ptesync, Step::Tlbie(WALK), Step::Eieio, Step::Tlbsync, Step::Ptesync];
+    assert_eq!(steps(&k4, fixes, &[links(0)], false), alone);
 }

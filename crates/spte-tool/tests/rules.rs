@@ -845,8 +845,11 @@ fn rule_12_radix_flushes_are_tlbies() {
     // What changes its size is flushed as what it was, and a table goes with its link.
     assert_eq!(flushes("--granule 64k", "map 0 0 2m rw page=2m\nsplit 0 2m\n"), "tlbie 1");
     assert_eq!(flushes("--granule 64k", "map 0 0 2m rw page=2m\nsplit 0 2m\ncollapse 0 2m\n"), "tlbie 33 tlbie-pwc 1");
-    assert_eq!(flushes("--granule 64k", "map 0 0 2m rw\nunmap 0 2m\n"), "tlbie 32 tlbie-all 1 tlbie-pwc 1");
-    // (Unmapping takes the empty tables above too, and of what those were nobody knows.) More than 512 leaves: the partition.
+    assert_eq!(flushes("--granule 64k", "map 0 0 2m rw\nunmap 0 2m\n"), "tlbie 32 tlbie-pwc 2");
+    // Of a table that goes its leaves are named, and no place that was empty.
+    assert_eq!(flushes("", "map 0 0 64k rw\nunmap 0 64k\n"), "tlbie 16 tlbie-pwc 1");
+    assert_eq!(flushes("", "map 0x3000 0 4k rw\nunmap 0 1g\n"), "tlbie 1 tlbie-pwc 2");
+    // More than 512 leaves: the partition.
     assert_eq!(flushes("", "map 0 0 8m rw\nwrprotect 0 8m\n"), "tlbie-all 1");
     assert_eq!(flushes("", "map 0 0 4k rw\nchange 0 0x1000\n"), "tlbie 2", "the window, and the page");
 }

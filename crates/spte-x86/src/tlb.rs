@@ -21,7 +21,7 @@
 
 use notifier_core::GpaRange;
 use spte_core::{
-    FlushRange, FlushRequest,
+    FlushRange, FlushRequest, Leaves,
     format::{Format, Geometry, Level},
 };
 
@@ -124,9 +124,12 @@ pub struct Steps<'a> {
 }
 
 /// Bytes that one INVLPG is sure to cover: TLBs know the size of what they hold, so that one address of a larger page is
-/// enough where there were such pages alone.
+/// enough where there were such pages alone. What is cached of links goes with any address at all.
 fn stride(geometry: &Geometry, range: &FlushRange) -> u64 {
-    geometry.span(range.leaf.unwrap_or(Level::LEAF))
+    match range.leaves {
+        Leaves::None => range.range.len(),
+        leaves => geometry.span(leaves.level().unwrap_or(Level::LEAF)),
+    }
 }
 
 /// How many addresses all of `ranges` are. A flush has few ranges.

@@ -3,12 +3,13 @@
 
 use notifier_core::{AddrRange, Gpa, OutputAddr};
 use spte_core::format::Level;
-use spte_core::{FlushRange, FlushRequest};
+use spte_core::{FlushRange, FlushRequest, Leaves};
 use spte_x86::{EptCapabilities, EptPointer, Invept, Levels, LongMode, LongModeOptions, Step, Steps, TlbControl};
 
 fn flush(start: u64, bytes: u64, leaf: Option<u8>, links: bool) -> FlushRange {
     let range = AddrRange::with_len(Gpa::new(start), bytes).unwrap();
-    FlushRange { range, leaf: leaf.map(|level| Level::new(level).unwrap()), links }
+    let leaves = leaf.map_or(Leaves::Any, |level| Leaves::Of(Level::new(level).unwrap()));
+    FlushRange { range, leaves, links: links.then(|| Level::new(2).unwrap()) }
 }
 
 fn steps(levels: Levels, globals: bool, ranges: &[FlushRange]) -> Vec<Step> {
@@ -46,6 +47,9 @@ fn each_leaf_is_named_once_whatever_its_size() {
     assert_eq!(steps(Levels::Four, false, &[flush(0x20_1000, 0x1000, Some(2), false)]), [Step::Invlpg(0x20_1000)]);
     assert_eq!(steps(Levels::Four, true, &[flush(0, 0x2000, None, true)]), [0, 0x1000].map(Step::Invlpg));
     assert_eq!(steps(Levels::Four, false, &[]), []);
+    // What is cached of links goes with any address.
+    let links = FlushRange { leaves: Leaves::None, ..flush(1 << 39, 1 << 39, None, true) };
+    assert_eq!(steps(Levels::Four, false, &[links]), [Step::Invlpg(1 << 39)]);
 }
 
 #[test]

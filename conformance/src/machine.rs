@@ -17,6 +17,7 @@ use std::sync::Arc;
 use notifier_core::OutputAddr;
 use spte_core::FlushRequest;
 use spte_core::format::{EntryError, Format, Level};
+use spte_core::raw::HardwareKind;
 use spte_drive::Driven;
 use spte_model::{Access, TouchKind};
 
@@ -123,8 +124,8 @@ pub enum Exit {
 
 /// What a guest does in a loop until it is kicked or faults: it goes over `pages` pages from `first` on, `stride` bytes apart, again
 /// and again. Of each it loads the word at offset [`Work::OFFSET`], which must be that word's own guest address, and
-/// counts a mismatch if not; in the last `written` of them it then stores the same value there. After each page it
-/// looks at the kick word; after each pass it stores the counts to [`Work::counts`].
+/// counts a mismatch if not; in the last `written` of them it then stores the number of passes to the word after it. After each
+/// page it looks at the kick word; after each pass it stores the counts to [`Work::counts`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Work {
     /// The first page.
@@ -135,7 +136,7 @@ pub struct Work {
     pub stride: u64,
     /// How many of the last are written too.
     pub written: u64,
-    /// Guest address of two words in a fixed page that may be written: passes, and mismatches.
+    /// Guest address of two words at the start of a fixed page that may be written: passes, and mismatches.
     pub counts: u64,
 }
 
@@ -176,6 +177,12 @@ pub trait Machine: Sized + Send + 'static {
     /// # Errors
     /// The rule that is broken.
     fn check_hardware(&self, level: Level, raw: u64) -> Result<(), EntryError>;
+
+    /// What an entry is to hardware, as the format's crate says.
+    fn hardware_kind(&self, level: Level, raw: u64) -> HardwareKind;
+
+    /// Whether a flush that is missing shows: what is cached stays so across exits.
+    fn caches(&self) -> bool;
 
     /// Where this machine takes what a rule forbids, or refuses what none does.
     fn leniencies(&self) -> &'static [Leniency] {
@@ -231,6 +238,11 @@ pub trait Machine: Sized + Send + 'static {
 }
 
 impl Ground {
+    /// The fixed page that a guest may write, where there is one: for the counts of [`Work`].
+    pub fn scratch(&self) -> Option<Fixed> {
+        self.fixed.iter().copied().find(|page| page.access.contains(Access::W))
+    }
+
     /// Fills [`Ground::data`], as [`machine`](self) says.
     pub fn fill(&self, code: impl Fn(u16) -> [u8; 16]) {
         for page in self.data.clone().step_by(0x1000) {

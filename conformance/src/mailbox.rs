@@ -20,7 +20,7 @@ use crate::emulator::{Emulator, Lost};
 use crate::memory::Memory;
 
 /// How long a stub may take to answer. It takes microseconds; starting takes part of a second.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The most pairs that a list has.
 pub const MOST_PAIRS: usize = 240;

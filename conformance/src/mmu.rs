@@ -4,6 +4,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use notifier_core::{Access, Gpa, OutputAddr, Walker};
 use spte_core::format::{Format, Kind, Touch};
@@ -13,7 +14,8 @@ use spte_model::TouchKind;
 use thiserror::Error;
 
 use crate::emulator::Lost;
-use crate::machine::{Class, Exit, Fault, GuestAccess, Machine};
+use crate::machine::{Class, Exit, Fault, GuestAccess, Machine, Work};
+use crate::mailbox::PATIENCE;
 
 /// What the MMU did that its table does not say.
 #[derive(Debug, Error)]
@@ -98,6 +100,8 @@ pub struct Counts {
     pub flushes: AtomicU64,
     /// Those that were left out on purpose.
     pub left_out: AtomicU64,
+    /// Guests that were kicked out of a loop for a flush.
+    pub kicks: AtomicU64,
 }
 
 impl Counts {
@@ -114,12 +118,26 @@ pub enum Without {
     Nothing,
     /// Every flush.
     Flushes,
-    /// Flushes of links: a flush that names a table that went carries no such mark.
-    Links,
+}
+
+/// A guest that was set to work.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+enum Job {
+    /// There is none.
+    #[default]
+    None,
+    /// It runs.
+    Running,
+    /// It waits with a fault that nobody has been told of.
+    Faulted(Fault),
+    /// It waits until it may go on.
+    Waiting,
 }
 
 struct Shared<M> {
     machine: Mutex<M>,
+    /// Taken after `machine`.
+    job: Mutex<Job>,
     counts: Counts,
     without: Mutex<Without>,
     token: AtomicU64,
@@ -144,8 +162,8 @@ impl<M: Machine> Mmu<M> {
     /// The machine, with its data filled.
     pub fn new(machine: M) -> Self {
         machine.ground().fill(|number| machine.code(number));
-        let (counts, without) = (Counts::default(), Mutex::default());
-        Self(Arc::new(Shared { machine: Mutex::new(machine), counts, without, token: AtomicU64::new(1) }))
+        let (job, counts, without) = (Mutex::default(), Counts::default(), Mutex::default());
+        Self(Arc::new(Shared { machine: Mutex::new(machine), job, counts, without, token: AtomicU64::new(1) }))
     }
 
     /// The machine.
@@ -161,6 +179,107 @@ impl<M: Machine> Mmu<M> {
     /// Leaves something out from now on.
     pub fn leave_out(&self, without: Without) {
         *self.0.without.lock().unwrap_or_else(PoisonError::into_inner) = without;
+    }
+
+    fn job(&self) -> MutexGuard<'_, Job> {
+        self.0.job.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets a guest to work: until [`Mmu::stop`] nothing else may be asked of the machine but flushes.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    pub fn run(&self, work: Work) -> Result<(), Lost> {
+        let mut machine = self.machine();
+        machine.run(work)?;
+        *self.job() = Job::Running;
+        Ok(())
+    }
+
+    /// A fault with which the guest at work waits, once each: [`Mmu::go_on`] follows.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    pub fn watch(&self) -> Result<Option<Fault>, Lost> {
+        let mut machine = self.machine();
+        let mut job = self.job();
+        if let Job::Faulted(fault) = std::mem::take(&mut *job) {
+            *job = Job::Waiting;
+            return Ok(Some(fault));
+        }
+        *job = Job::Running;
+        match machine.poll()? {
+            None => Ok(None),
+            Some(Exit::Fault(fault)) => {
+                *job = Job::Waiting;
+                Ok(Some(fault))
+            }
+            Some(exit) => Err(Lost::Answer(format!("{exit:?} of a guest at work that nobody kicked"))),
+        }
+    }
+
+    /// Lets the guest at work make the access again that faulted.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    pub fn go_on(&self) -> Result<(), Lost> {
+        let mut machine = self.machine();
+        machine.resume()?;
+        *self.job() = Job::Running;
+        Ok(())
+    }
+
+    /// Ends the guest's work. A fault with which it came out is dropped.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    pub fn stop(&self) -> Result<(), Lost> {
+        let mut machine = self.machine();
+        let mut job = self.job();
+        if *job == Job::Running {
+            Self::bring_out(&mut machine)?;
+        }
+        *job = Job::None;
+        Ok(())
+    }
+
+    /// Kicks the guest, and waits until it is out.
+    fn bring_out(machine: &mut M) -> Result<Exit, Lost> {
+        let (memory, kick) = (Arc::clone(&machine.ground().memory), machine.ground().kick);
+        memory.store(kick, 1);
+        let since = Instant::now();
+        let exit = loop {
+            if let Some(exit) = machine.poll()? {
+                break exit;
+            }
+            if since.elapsed() > PATIENCE {
+                return Err(Lost::Silent { seconds: PATIENCE.as_secs() });
+            }
+            std::thread::yield_now();
+        };
+        memory.store(kick, 0);
+        Ok(exit)
+    }
+
+    /// Carries a flush out while a guest may be at work.
+    fn flush_at_work(&self, request: &FlushRequest<'_>) -> Result<(), Lost> {
+        let mut machine = self.machine();
+        let mut job = self.job();
+        if *job != Job::Running || machine.broadcasts() {
+            return machine.flush(request);
+        }
+        match Self::bring_out(&mut machine)? {
+            Exit::Kicked => {
+                Counts::add(&self.0.counts.kicks);
+                machine.flush(request)?;
+                machine.resume()
+            }
+            Exit::Fault(fault) => {
+                *job = Job::Faulted(fault);
+                machine.flush(request)
+            }
+            exit @ Exit::Done { .. } => Err(Lost::Answer(format!("{exit:?} of a guest at work"))),
+        }
     }
 
     /// Where an access is made for one at `at`: loads and stores are of words that are no code, fetches of the code.
@@ -242,7 +361,7 @@ impl<M: Machine> Flush for Mmu<M> {
             Counts::add(&self.0.counts.left_out);
             return Ok(());
         }
-        self.machine().flush(request).map_err(|_| FlushError::Failed { code: 0 })
+        self.flush_at_work(request).map_err(|_| FlushError::Failed { code: 0 })
     }
 }
 

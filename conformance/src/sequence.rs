@@ -15,7 +15,7 @@ use std::sync::Arc;
 use notifier_core::{AddrRange, Gpa};
 use rand::{Rng, RngExt};
 use spte_core::format::{Format, Level};
-use spte_core::{Flush, FlushRange, FlushRequest};
+use spte_core::{Flush, FlushRange, FlushRequest, Leaves};
 use spte_drive::{Disagreement, DriveError, Pair, ScarcePages, Step};
 use spte_model::{Op, PageChoice, Shape, TouchKind};
 use thiserror::Error;
@@ -108,7 +108,14 @@ impl<M: Machine> Sequences<M> {
         let mut pair = Pair::with_hardware(driven, ScarcePages::new(pages), self.mmu.clone())?;
         for page in &self.ground.fixed {
             let (gpa, out, size) = (page.gpa, page.output, self.shape.granule());
-            pair.step(&Op::Map { gpa, out, size, access: page.access, page: PageChoice::Granule, mem: Default::default() })?;
+            pair.step(&Op::Map {
+                gpa,
+                out,
+                size,
+                access: page.access,
+                page: PageChoice::Granule,
+                mem: Default::default(),
+            })?;
             for kind in [TouchKind::Read, TouchKind::Write, TouchKind::Execute] {
                 if page.access.contains(kind.needs()) {
                     pair.step(&Op::Touch { gpa, kind })?;
@@ -140,7 +147,7 @@ impl<M: Machine> Sequences<M> {
             let first = pair.model().leaf(start).map_or(start, |(start, _)| start);
             let last = pair.model().leaf(end - 1).map_or(end, |(start, leaf)| start + leaf.size);
             if let Ok(range) = AddrRange::new(Gpa::new(first), Gpa::new(last)) {
-                let ranges = [FlushRange { range, leaf: None, links: false }];
+                let ranges = [FlushRange { range, leaves: Leaves::Any, links: None }];
                 // A machine that is lost says so at the next access.
                 let _ = self.mmu.flush(&FlushRequest { ranges: &ranges, all: false, nonblocking: false });
             }
@@ -206,7 +213,7 @@ impl<M: Machine> Sequences<M> {
         let (start, end) = extent(op, granule);
         let touch = |rng: &mut dyn FnMut() -> u64| {
             let place = rng();
-            let at = match place % 10 {
+            let at = match place % 16 {
                 6.. => self.mapped(rng, pair).unwrap_or(start),
                 0 => start,
                 1 => start.saturating_sub(1),
@@ -331,4 +338,3 @@ fn extent(op: &Op, granule: u64) -> (u64, u64) {
         Op::Touch { gpa, .. } | Op::Walk { gpa } => (gpa, gpa.saturating_add(1)),
     }
 }
-

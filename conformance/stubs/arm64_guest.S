@@ -15,7 +15,7 @@ page:   ldr     x0, [x7]
         cinc    x10, x10, ne
         cmp     x8, x4
         b.lo    1f
-        str     x7, [x7]
+        str     x9, [x7, #8]
 1:      ldr     x0, [x6]
         cbz     x0, 2f
         hvc     #1

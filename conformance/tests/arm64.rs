@@ -11,13 +11,22 @@ use rand_chacha::ChaCha8Rng;
 fn soak() {
     let tools = Tools::new(std::env::var_os("CONFORMANCE_TOOLS").map(Into::into));
     for variant in variants() {
-        let machine = match Arm64::start(&tools, variant) { Ok(m) => m, Err(e) => { println!("{}: {e}", variant.name); continue; } };
+        let machine = match Arm64::start(&tools, variant) {
+            Ok(m) => m,
+            Err(e) => {
+                println!("{}: {e}", variant.name);
+                continue;
+            }
+        };
         let mmu = Mmu::new(machine);
         let s = Sequences::new(mmu.clone());
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let t = std::time::Instant::now();
         for case in 0..20 {
-            if let Err(d) = s.case(&mut rng) { println!("{} case {case}:\n{d}", variant.name); break; }
+            if let Err(d) = s.case(&mut rng) {
+                println!("{} case {case}:\n{d}", variant.name);
+                break;
+            }
         }
         println!("{} {:?} {:?}", variant.name, mmu.counts(), t.elapsed());
     }

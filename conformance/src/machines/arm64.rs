@@ -13,11 +13,12 @@ use std::sync::Arc;
 use notifier_core::OutputAddr;
 use spte_arm64::tlb::relaxed;
 use spte_arm64::{
-    AccessedDirty, Barrier, Granule, MemoryType, Stage2, Stage2Attrs, Stage2Options, Start, Step, Steps, TlbFeatures, Tlbi, VmidBits,
-    Vtcr, Vttbr,
+    AccessedDirty, Barrier, Granule, MemoryType, Stage2, Stage2Attrs, Stage2Options, Start, Step, Steps, TlbFeatures,
+    Tlbi, VmidBits, Vtcr, Vttbr,
 };
 use spte_core::FlushRequest;
 use spte_core::format::{EntryError, Format, Level};
+use spte_core::raw::HardwareKind;
 use spte_drive::Driven;
 use spte_model::{Access, MemType, Shape, TouchKind};
 
@@ -66,7 +67,10 @@ pub fn variants() -> Vec<Variant> {
     [
         ("arm64-s2-4k", plain),
         ("arm64-s2-4k-hd", Stage2Options { ipa_bits: 48, accessed_dirty: hardware, ..plain }),
-        ("arm64-s2-4k-ha", Stage2Options { ipa_bits: 34, accessed_dirty: AccessedDirty::HardwareAccessed, fwb: true, ..plain }),
+        (
+            "arm64-s2-4k-ha",
+            Stage2Options { ipa_bits: 34, accessed_dirty: AccessedDirty::HardwareAccessed, fwb: true, ..plain },
+        ),
         ("arm64-s2-4k-lpa2", Stage2Options { ipa_bits: 50, physical_bits: 52, lpa2: true, xnx: true, ..plain }),
         ("arm64-s2-16k", Stage2Options { ipa_bits: 47, ..k16 }),
         ("arm64-s2-16k-hd", Stage2Options { ipa_bits: 40, accessed_dirty: hardware, ..k16 }),
@@ -141,7 +145,9 @@ impl Arm64 {
 
     fn exit(&self, results: &Results) -> Result<Exit, Lost> {
         let [x0, esr, far, hpfar, elr, vector, ..] = *results;
-        let odd = || Lost::Answer(format!("x0 {x0:#x}, ESR_EL2 {esr:#x}, FAR_EL2 {far:#x}, ELR_EL2 {elr:#x}, vector {vector}"));
+        let odd = || {
+            Lost::Answer(format!("x0 {x0:#x}, ESR_EL2 {esr:#x}, FAR_EL2 {far:#x}, ELR_EL2 {elr:#x}, vector {vector}"))
+        };
         // A lower exception level in AArch64, synchronous.
         if vector != 8 {
             return Err(odd());
@@ -229,6 +235,14 @@ impl Machine for Arm64 {
 
     fn check_hardware(&self, level: Level, raw: u64) -> Result<(), EntryError> {
         self.format.check_hardware(level, raw)
+    }
+
+    fn hardware_kind(&self, level: Level, raw: u64) -> HardwareKind {
+        self.format.hardware_kind(level, raw)
+    }
+
+    fn caches(&self) -> bool {
+        true
     }
 
     fn begin(&mut self, root: OutputAddr) -> Result<(), Lost> {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Every format, read by an MMU that somebody else wrote.
+pub mod change;
 pub mod emulator;
 pub mod machine;
 pub mod machines;
@@ -7,3 +8,4 @@ pub mod mailbox;
 pub mod memory;
 pub mod mmu;
 pub mod sequence;
+pub mod vmm;

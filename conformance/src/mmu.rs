@@ -203,11 +203,14 @@ impl<M: Machine> Mmu<M> {
     pub fn watch(&self) -> Result<Option<Fault>, Lost> {
         let mut machine = self.machine();
         let mut job = self.job();
-        if let Job::Faulted(fault) = std::mem::take(&mut *job) {
-            *job = Job::Waiting;
-            return Ok(Some(fault));
+        match std::mem::replace(&mut *job, Job::Waiting) {
+            Job::Running => *job = Job::Running,
+            Job::Faulted(fault) => return Ok(Some(fault)),
+            other => {
+                *job = other;
+                return Ok(None);
+            }
         }
-        *job = Job::Running;
         match machine.poll()? {
             None => Ok(None),
             Some(Exit::Fault(fault)) => {

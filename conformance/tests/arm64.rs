@@ -31,3 +31,17 @@ fn soak() {
         println!("{} {:?} {:?}", variant.name, mmu.counts(), t.elapsed());
     }
 }
+
+#[test]
+fn changes() {
+    use conformance::change::{How, seen};
+    let tools = Tools::new(std::env::var_os("CONFORMANCE_TOOLS").map(Into::into));
+    for variant in variants() {
+        let machine = match Arm64::start(&tools, variant) { Ok(m) => m, Err(e) => { println!("{}: {e}", variant.name); continue; } };
+        let mmu = Mmu::new(machine);
+        for how in [How::Change, How::Zap] {
+            let t = std::time::Instant::now();
+            match seen(&mmu, how) { Ok(s) => println!("{} {how:?} {s:?} {:?}", variant.name, t.elapsed()), Err(e) => println!("{} {how:?} {e}", variant.name) }
+        }
+    }
+}

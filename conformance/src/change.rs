@@ -120,7 +120,7 @@ pub fn seen<M: Machine>(mmu: &Mmu<M>, how: How) -> Result<Seen, VmmError> {
     for page in (0..PAGES).map(|number| set.page(number)) {
         match how {
             How::Change => {
-                if !vmm.change(page, set.output(0, page), set.output(1, page))? {
+                if !vmm.change(page, set.output(0, page), set.output(1, page), || {})? {
                     return Err(VmmError::Wrong(format!("nobody translated {page:#x} any more when it was repointed")));
                 }
             }

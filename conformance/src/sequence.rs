@@ -241,15 +241,12 @@ impl<M: Machine> Sequences<M> {
         if first >= last { Some(start) } else { Some(start + (first - leaf.out) + rng() % (last - first)) }
     }
 
-    /// One random sequence.
-    ///
-    /// # Errors
-    /// [`Divergence`], shrunk.
-    pub fn case(&self, rng: &mut impl Rng) -> Result<(), Divergence> {
+    /// One random sequence: what was done, and what was wrong in the end.
+    fn run(&self, rng: &mut impl Rng) -> (Vec<Op>, Option<String>) {
         let mut done = Vec::new();
         let mut pair = match self.table() {
             Ok(pair) => pair,
-            Err(error) => return Err(Divergence { ops: done, why: error.to_string(), walk: Vec::new() }),
+            Err(error) => return (done, Some(error.to_string())),
         };
         for op in self.operations(rng) {
             done.push(op);
@@ -264,15 +261,27 @@ impl<M: Machine> Sequences<M> {
                 }
             }
             if let Err(error) = found {
-                drop(pair);
-                return Err(self.shrunk(done, error.why.to_string()));
+                return (done, Some(error.why.to_string()));
             }
         }
-        if let Err(why) = pair.compare() {
-            drop(pair);
-            return Err(self.shrunk(done, why.to_string()));
+        let compared = pair.compare();
+        (done, compared.err().map(|why| why.to_string()))
+    }
+
+    /// One random sequence.
+    ///
+    /// # Errors
+    /// [`Divergence`], shrunk.
+    pub fn case(&self, rng: &mut impl Rng) -> Result<(), Divergence> {
+        match self.run(rng) {
+            (_, None) => Ok(()),
+            (done, Some(why)) => Err(self.shrunk(done, why)),
         }
-        Ok(())
+    }
+
+    /// Whether one random sequence diverges.
+    pub fn diverges(&self, rng: &mut impl Rng) -> bool {
+        self.run(rng).1.is_some()
     }
 
     /// Applies operations to an empty table: what is wrong, and the walk to where the last one begins.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A small VMM for one machine: a space, a table in it that the machine walks, and a fault handler.
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
@@ -55,7 +56,7 @@ pub enum VmmError {
     Wrong(String),
 }
 
-fn failed<E: Error + Send + Sync + 'static>(call: &'static str, at: u64) -> impl FnOnce(E) -> VmmError {
+pub(crate) fn failed<E: Error + Send + Sync + 'static>(call: &'static str, at: u64) -> impl FnOnce(E) -> VmmError {
     move |source| VmmError::Call { call, at, source: Box::new(source) }
 }
 
@@ -122,6 +123,8 @@ pub struct Vmm<M: Machine> {
     written: Arc<Mutex<Vec<GpaRange>>>,
     /// What guests at work faulted for.
     pub faults: Faults,
+    /// Pages that were stored to with a fault, since somebody emptied this.
+    pub stored: BTreeSet<u64>,
 }
 
 impl<M: Machine> Vmm<M> {
@@ -148,8 +151,8 @@ impl<M: Machine> Vmm<M> {
         let subscription = Some(space.subscribe(Arc::clone(&table)).map_err(failed("subscribe", 0))?);
         mmu.machine().begin(table.root())?;
         let walker = space.walker();
-        let (resolves, faults) = (Box::new(resolves), Faults::default());
-        let mut vmm = Self { subscription, walker, table, log, space, mmu, ground, granule, resolves, written, faults };
+        let (resolves, faults, stored) = (Box::new(resolves), Faults::default(), BTreeSet::new());
+        let mut vmm = Self { subscription, walker, table, log, space, mmu, ground, granule, resolves, written, faults, stored };
         for Fixed { gpa, output, access } in vmm.ground.fixed.clone() {
             let rights = [(TouchKind::Read, Access::READ), (TouchKind::Write, Access::WRITE), (TouchKind::Execute, Access::EXECUTE)];
             let rights = rights.into_iter().filter(|(kind, _)| access.contains(kind.needs())).map(|(_, right)| right);
@@ -184,13 +187,15 @@ impl<M: Machine> Vmm<M> {
         resolved.install(install).map(drop).map_err(failed("map", at))
     }
 
-    /// Repoints the page at `at` in a Retained window: whether somebody translated it, and now does so elsewhere.
+    /// Repoints the page at `at` in a Retained window: whether somebody translated it, and now does so elsewhere. `meanwhile` is
+    /// called when nobody can write the page any more.
     ///
     /// # Errors
     /// [`VmmError::Call`].
-    pub fn change(&mut self, at: u64, expected: u64, new: u64) -> Result<bool, VmmError> {
+    pub fn change(&mut self, at: u64, expected: u64, new: u64, meanwhile: impl FnOnce()) -> Result<bool, VmmError> {
         self.log.watched.store(at, Ordering::Relaxed);
         let guard = self.space.retain(Self::range(at, self.granule)?).map_err(failed("retain", at))?;
+        meanwhile();
         let change = Change { page: Gpa::new(at), expected: OutputAddr::new(expected), new: OutputAddr::new(new) };
         let done = guard.change_pte(&[change]).map_err(failed("change_pte", at))?;
         guard.close().map_err(failed("close", at))?;
@@ -236,13 +241,15 @@ impl<M: Machine> Vmm<M> {
         let wanted = if store { Access::WRITE } else { Access::READ };
         let page = at & !(self.granule - 1);
         let Some(found) = self.table.entry(Gpa::new(at)) else { return Err(VmmError::Fault { fault }) };
+        if store {
+            self.stored.insert(page);
+        }
         let format = self.table.format();
         let touch = match found.kind {
             Kind::Leaf => format.touch(found.level, found.raw, wanted),
+            // The entry has gone since: the access is made again, and says so.
+            _ if fault.class != Class::Absent => return Ok(()),
             _ => {
-                if fault.class != Class::Absent {
-                    return Err(VmmError::Fault { fault });
-                }
                 *(if store { &mut self.faults.absent_stores } else { &mut self.faults.absent }) += 1;
                 let output = (self.resolves)(page);
                 return self.map(page, output, self.granule, Access::RWX);

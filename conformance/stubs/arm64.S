@@ -9,7 +9,8 @@
 //   3 access  address, offset of the routine in the code page (all ones: fetch from the address), value
 //   4 work    first address, pages, stride, first page to write, counts, kick word
 //   5 resume
-//   3, 4, 5 answer                                          -> x0, ESR_EL2, FAR_EL2, HPFAR_EL2, ELR_EL2, vector
+//   3, 4, 5 answer                                          -> x0, ESR_EL2, FAR_EL2, HPFAR_EL2, ELR_EL2, vector,
+//                                                             ESR_EL1, FAR_EL1
         .equ    MAILBOX, 0x40300000
         .equ    WORK, 0x40              // offset of the loop in the code page
         .equ    EL1H_MASKED, 0x3c5
@@ -126,6 +127,9 @@ exit:   mrs     x11, esr_el2            // x18: which vector
         stp     x11, x12, [x20, #152]
         mrs     x11, elr_el2
         stp     x11, x18, [x20, #168]
+        mrs     x11, esr_el1
+        mrs     x12, far_el1
+        stp     x11, x12, [x20, #184]
         b       reply
         .ltorg
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 // The page of code that the table under test maps for the guest. EL1, stage 1 off: data is device memory, so accesses are
-// aligned. HVC 0 is done, HVC 1 came out of the loop for a kick, HVC 2 is an exception at EL1 that nobody expects.
+// aligned. HVC 0 is done, HVC 1 came out of the loop for a kick, HVC 2 is an exception at EL1: an external abort, where a
+// translation led to no memory.
         .text
         ldr     x0, [x1]                // 0x00: load
         hvc     #0

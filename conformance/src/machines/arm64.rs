@@ -23,7 +23,7 @@ use spte_drive::Driven;
 use spte_model::{Access, MemType, Shape, TouchKind};
 
 use crate::emulator::{Assembler, Emulator, Lost, Tool, Tools, Workshop};
-use crate::machine::{Class, Exit, Fault, Fixed, Ground, GuestAccess, Machine, Work};
+use crate::machine::{Class, Exit, Fault, Fixed, Ground, GuestAccess, Leniency, Machine, Work};
 use crate::mailbox::{MOST_PAIRS, Mailbox, Results};
 use crate::memory::{ByteOrder, Memory, Region};
 
@@ -48,6 +48,18 @@ const ASSEMBLER: Assembler = Assembler {
     options: &["-march=armv8.4-a"],
     link: &[],
 };
+
+/// What the architecture reserves and leaves to hardware (Arm ARM, D8.3.2 and the glossary: RES0 bits of descriptors may be ignored,
+/// reserved field values are CONSTRAINED UNPREDICTABLE), and QEMU ignores.
+const LENIENCIES: &[Leniency] = &[
+    Leniency { rule: "SH value 1", why: "a reserved SH is taken (QEMU caches nothing)" },
+    Leniency { rule: "MemAttr", why: "a reserved MemAttr is taken (QEMU caches nothing)" },
+    Leniency { rule: "RES0", why: "RES0 bits of leaves are ignored" },
+    Leniency { rule: "a link holds an address", why: "RES0 bits of links are ignored" },
+    Leniency { rule: "this level has no blocks", why: "a block is taken at a level that has none (QEMU 7.2)" },
+    Leniency { rule: "bit 53 ", why: "no leniency: XN[0] leaves execution to EL0, and the guest is at EL1" },
+    Leniency { rule: "contiguous", why: "the contiguous bit is a hint, and ignored" },
+];
 
 /// One set-up of the format.
 #[derive(Debug, Clone, Copy)]
@@ -144,7 +156,7 @@ impl Arm64 {
     }
 
     fn exit(&self, results: &Results) -> Result<Exit, Lost> {
-        let [x0, esr, far, hpfar, elr, vector, ..] = *results;
+        let [x0, esr, far, hpfar, elr, vector, esr_el1, far_el1] = *results;
         let odd = || {
             Lost::Answer(format!("x0 {x0:#x}, ESR_EL2 {esr:#x}, FAR_EL2 {far:#x}, ELR_EL2 {elr:#x}, vector {vector}"))
         };
@@ -155,6 +167,11 @@ impl Arm64 {
         match esr >> 26 {
             0x16 if esr & 0xffff == 0 => return Ok(Exit::Done { value: x0 }),
             0x16 if esr & 0xffff == 1 => return Ok(Exit::Kicked),
+            0x16 => {
+                let syndrome = format!("at EL1: ESR_EL1 {esr_el1:#x}, FAR_EL1 {far_el1:#x}");
+                let fault = Fault { class: Class::Other, at: None, blind: 0, level: None, kind: None, syndrome };
+                return Ok(Exit::Fault(fault));
+            }
             0x20 | 0x24 => {}
             _ => return Err(odd()),
         }
@@ -243,6 +260,10 @@ impl Machine for Arm64 {
 
     fn caches(&self) -> bool {
         true
+    }
+
+    fn leniencies(&self) -> &'static [Leniency] {
+        LENIENCIES
     }
 
     fn begin(&mut self, root: OutputAddr) -> Result<(), Lost> {

@@ -1,0 +1,315 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Every single-bit change of valid entries: what our checker refuses the MMU refuses, and the other way round.
+//!
+//! Leaves of every level, with every set of rights, facts and memory type that the format has, are written into a table as they are,
+//! and then with each bit turned in turn. Each is accessed in the three ways. Where the format's rules for hardware allow the
+//! entry, the MMU must do what the format says ([`Format::touch`]): the same output, or the same class of fault; and leave
+//! in the entry what the format says it leaves. Where they do not, the MMU must fault. Of links every bit but the address's
+//! is turned: where the rules allow it, nothing but rights may be missing.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use notifier_core::{Access, Gpa, OutputAddr};
+use rand::Rng;
+use rand::seq::SliceRandom;
+use serde::Serialize;
+use spte_core::format::{Format, Kind, LeafSpec, Level, Touch};
+use spte_core::raw::HardwareKind;
+use spte_model::{MemType, TouchKind};
+use thiserror::Error;
+
+use crate::machine::{Class, Exit, GuestAccess, Leniency, Machine};
+use crate::mmu::Mmu;
+use crate::sequence::reserved;
+use crate::vmm::{Vmm, VmmError};
+
+/// The three ways, with the rights they need.
+const WAYS: [(TouchKind, Access); 3] =
+    [(TouchKind::Read, Access::READ), (TouchKind::Write, Access::WRITE), (TouchKind::Execute, Access::EXECUTE)];
+
+/// Checker and MMU disagree about an entry.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{way:?} through {raw:#018x} at level {level} (made of {valid:#018x}): expected {expected}, found {found}")]
+pub struct Mismatch {
+    /// The access.
+    pub way: TouchKind,
+    /// The entry.
+    pub raw: u64,
+    /// Its level.
+    pub level: u8,
+    /// The entry of which a bit was turned.
+    pub valid: u64,
+    /// What the format says.
+    pub expected: String,
+    /// What the MMU did.
+    pub found: String,
+}
+
+/// What was looked at.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Entries {
+    /// Entries, each with a bit turned or none.
+    pub entries: u64,
+    /// Accesses through them.
+    pub accesses: u64,
+    /// Of these entries, as many the rules refuse.
+    pub refused: u64,
+    /// Known leniencies that showed, and how often.
+    pub lenient: BTreeMap<&'static str, u64>,
+}
+
+/// Why it ended.
+#[derive(Debug, Error)]
+pub enum EntriesError {
+    /// A mismatch, the first.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+    /// Something else.
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+}
+
+/// What the format expects of an access.
+enum Expected {
+    /// It goes there, and leaves this entry.
+    Reaches(u64, u64),
+    /// A fault of this class.
+    Faults(Class),
+    /// A fault of any class, for this rule.
+    Refused(&'static str),
+    /// Through the link, or denied.
+    Passes,
+    /// Nothing that can be told.
+    Untold,
+}
+
+struct Looker<'a, M: Machine> {
+    mmu: &'a Mmu<M>,
+    vmm: Vmm<M>,
+    root: OutputAddr,
+    seen: Entries,
+}
+
+/// Looks at links and, of each level, at no more than `most` leaves, chosen at random where there are more.
+///
+/// # Errors
+/// [`EntriesError`].
+pub fn check<M: Machine>(mmu: &Mmu<M>, most: usize, rng: &mut impl Rng) -> Result<Entries, EntriesError> {
+    let vmm = Vmm::new(mmu.clone(), |page| page)?;
+    let root = vmm.table.root();
+    let mut looker = Looker { mmu, vmm, root, seen: Entries::default() };
+    let geometry = looker.vmm.table.format().geometry();
+    let levels = std::iter::successors(Some(Level::LEAF), |level| level.above());
+    let top = geometry.top();
+    for level in levels.take_while(|level| *level <= top) {
+        looker.level(level, most, rng)?;
+    }
+    Ok(looker.seen)
+}
+
+impl<M: Machine> Looker<'_, M> {
+    fn level(&mut self, level: Level, most: usize, rng: &mut impl Rng) -> Result<(), EntriesError> {
+        let driven = self.mmu.machine().driven();
+        let format = driven.format;
+        let span = format.geometry().span(level);
+        let Some(gpa) = self.place(level) else { return Ok(()) };
+        let data = self.vmm.ground.data.clone();
+        let output = data.start & !(span - 1);
+        let offset = data.start - output + 0x40;
+        // The table around it: a leaf of this level where there are such, or a page below a link of this level.
+        let leaf = format.geometry().level(level).leaf;
+        let length = if leaf { span } else { self.vmm.granule };
+        let below = if leaf { output } else { data.start };
+        self.vmm.map(gpa, below, length, Access::RWX)?;
+        let rows = self.vmm.table.walk(Gpa::new(gpa));
+        let table = rows.iter().find_map(|row| match row.kind {
+            Kind::Table(table) if row.level.below() == Some(level) => Some(table),
+            _ => None,
+        });
+        let table = table.unwrap_or(self.root).as_u64();
+        let slot = table + 8 * format.geometry().index(level, gpa) as u64;
+        if leaf {
+            let mut leaves = leaves(&format, driven.attrs, driven.shape.access(), level, output);
+            leaves.shuffle(rng);
+            for valid in leaves.into_iter().take(most) {
+                for turned in std::iter::once(0).chain((0..64).map(|bit| 1 << bit)) {
+                    self.entry(&format, level, slot, valid, valid ^ turned, gpa, offset)?;
+                }
+            }
+        }
+        if let Some(link) = rows.iter().find(|row| row.level == level && matches!(row.kind, Kind::Table(_))) {
+            let Kind::Table(child) = link.kind else { return Ok(()) };
+            let child = child.as_u64();
+            for turned in std::iter::once(0).chain((0..64).map(|bit| 1_u64 << bit).filter(|bit| bit & child == 0)) {
+                self.entry(&format, level, slot, link.raw, link.raw ^ turned, gpa, 0x40)?;
+            }
+            self.vmm.ground.memory.word(slot).store(format.memory_of(link.raw), Ordering::Release);
+        }
+        self.vmm.zap(gpa, length)?;
+        Ok(())
+    }
+
+    /// A guest address for an entry of this level, away from the fixed pages.
+    fn place(&self, level: Level) -> Option<u64> {
+        let format = self.vmm.table.format();
+        let (span, bits) = (format.geometry().span(level), self.mmu.machine().driven().shape.gpa_bits());
+        let reserved = reserved(format, &self.vmm.ground);
+        let free = |gpa: &u64| gpa + span <= reserved.start || reserved.end <= *gpa;
+        let last = (1_u64 << bits).checked_sub(span)?;
+        [reserved.end.next_multiple_of(span), reserved.start.saturating_sub(span) & !(span - 1), 0, last & !(span - 1)]
+            .into_iter()
+            .filter(|gpa| *gpa <= last)
+            .find(free)
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one entry in its place")]
+    fn entry(
+        &mut self,
+        format: &M::Format,
+        level: Level,
+        slot: u64,
+        valid: u64,
+        raw: u64,
+        gpa: u64,
+        offset: u64,
+    ) -> Result<(), EntriesError> {
+        self.seen.entries += 1;
+        let memory = Arc::clone(&self.vmm.ground.memory);
+        let mut machine = self.mmu.machine();
+        let (kind, rules) = (machine.hardware_kind(level, raw), machine.check_hardware(level, raw));
+        if rules.is_err() || matches!(kind, HardwareKind::Impossible(_)) {
+            self.seen.refused += 1;
+        }
+        for (way, access) in WAYS {
+            let at = Mmu::<M>::place(gpa + offset, way);
+            memory.word(slot).store(format.memory_of(raw), Ordering::Release);
+            machine.begin(self.root).map_err(VmmError::from)?;
+            let expected = match (kind, rules) {
+                (HardwareKind::Impossible(error), _) | (_, Err(error)) => Expected::Refused(error.rule),
+                (HardwareKind::NotPresent, Ok(())) => Expected::Faults(Class::Absent),
+                (HardwareKind::Table(child), Ok(())) => match machine.hardware_kind(level, valid) {
+                    HardwareKind::Table(same) if same == child => Expected::Passes,
+                    _ => Expected::Untold,
+                },
+                (HardwareKind::Leaf, Ok(())) => {
+                    let raw = raw & !format.claim_bit();
+                    let output = format.spec(level, raw).output.as_u64() + (at & (format.geometry().span(level) - 1));
+                    match format.touch(level, raw, access) {
+                        Touch::Denied => Expected::Faults(Class::Denied),
+                        Touch::AccessFlag => Expected::Faults(Class::Old),
+                        Touch::Allowed(after) if self.vmm.ground.data.contains(&output) => Expected::Reaches(output, after),
+                        Touch::Allowed(_) => Expected::Untold,
+                    }
+                }
+            };
+            if let Expected::Untold = expected {
+                continue;
+            }
+            // What is fetched through an entry that should have been refused may be anything.
+            if let (Expected::Refused(rule), TouchKind::Execute) = (&expected, way) {
+                if machine.leniencies().iter().any(|leniency| rule.contains(leniency.rule)) {
+                    continue;
+                }
+            }
+            self.seen.accesses += 1;
+            let token = 0x5a5a_5a5a_0000_0001 | at << 4;
+            let exit = machine.access(GuestAccess { at, kind: way, value: token }).map_err(VmmError::from)?;
+            let after = format.raw_of(memory.word(slot).load(Ordering::Acquire));
+            let found = |exit: &Exit| match exit {
+                Exit::Fault(fault) => fault.to_string(),
+                other => format!("{other:x?}, and the entry is {after:#018x}"),
+            };
+            let number = |output: u64| match way {
+                TouchKind::Execute => (output - self.vmm.ground.data.start) >> 12,
+                _ => output & !7,
+            };
+            let (right, says, rule) = match (&expected, &exit) {
+                (Expected::Reaches(output, entry), exit) => {
+                    let there = match (way, exit) {
+                        (TouchKind::Write, Exit::Done { .. }) => {
+                            let stored = memory.load(*output);
+                            memory.store(*output, *output);
+                            stored == token
+                        }
+                        (_, exit) => *exit == Exit::Done { value: number(*output) },
+                    };
+                    let claim = raw & format.claim_bit();
+                    (there && after == entry | claim, format!("{output:#x}, and the entry {entry:#018x}"), "")
+                }
+                (Expected::Faults(class), Exit::Fault(fault)) => (fault.class == *class, format!("{class:?}"), ""),
+                (Expected::Faults(class), _) => (false, format!("{class:?}"), ""),
+                (Expected::Refused(rule), exit) => {
+                    // What was translated and led to no memory was not refused.
+                    let refused = matches!(exit, Exit::Fault(fault) if fault.class != Class::Other);
+                    (refused, format!("a fault: {rule}"), *rule)
+                }
+                (Expected::Passes, Exit::Fault(fault)) => (fault.class == Class::Denied, "no fault but for rights".to_owned(), ""),
+                (Expected::Passes | Expected::Untold, _) => (true, String::new(), ""),
+            };
+            // A store that was to be refused may have gone anywhere in the data: it is put back where it can be found.
+            if let (TouchKind::Write, Expected::Refused(_) | Expected::Passes, Exit::Done { .. }) = (way, &expected, &exit) {
+                self.restore(&memory);
+            }
+            if right {
+                continue;
+            }
+            let turned = (raw ^ valid).trailing_zeros();
+            let bit = format!("bit {turned} of level {}", format.level_number(level));
+            let known = |leniency: &&Leniency| {
+                if rule.is_empty() { bit.contains(leniency.rule) } else { rule.contains(leniency.rule) }
+            };
+            match machine.leniencies().iter().find(known) {
+                Some(leniency) => *self.seen.lenient.entry(leniency.why).or_default() += 1,
+                None => {
+                    return Err(Mismatch {
+                        way,
+                        raw,
+                        level: level.get(),
+                        valid,
+                        expected: format!("{says} [{bit}]"),
+                        found: found(&exit),
+                    }
+                    .into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the data right after a store that may have gone to any of it.
+    fn restore(&self, memory: &crate::memory::Memory) {
+        let data = self.vmm.ground.data.clone();
+        for page in data.step_by(0x1000) {
+            if memory.load(page + 0x40) != page + 0x40 {
+                memory.store(page + 0x40, page + 0x40);
+            }
+        }
+    }
+}
+
+/// Every leaf that the format makes for an output: each set of rights, facts, withheld writing and memory type.
+fn leaves<F: Format>(
+    format: &F,
+    attrs: fn(MemType) -> Option<F::Attrs>,
+    access: &[spte_model::Access],
+    level: Level,
+    output: u64,
+) -> Vec<u64> {
+    let mut leaves = Vec::new();
+    for rights in access {
+        let rights = WAYS.into_iter().filter(|(way, _)| rights.contains(way.needs())).map(|(_, right)| right);
+        let rights: Access = rights.collect();
+        for attrs in MemType::ALL.into_iter().filter_map(attrs) {
+            for facts in 0..8 {
+                let (accessed, dirty, armed) = (facts & 1 != 0, facts & 2 != 0, facts & 4 != 0);
+                let spec = LeafSpec { output: OutputAddr::new(output), access: rights, armed, accessed, dirty, attrs };
+                leaves.extend(format.leaf(level, &spec).ok());
+            }
+        }
+    }
+    leaves.sort_unstable();
+    leaves.dedup();
+    leaves
+}

@@ -10,5 +10,6 @@ pub mod mailbox;
 pub mod memory;
 pub mod mmu;
 pub mod plants;
+pub mod report;
 pub mod sequence;
 pub mod vmm;

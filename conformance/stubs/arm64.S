@@ -9,15 +9,22 @@
 //   3 access  address, offset of the routine in the code page (all ones: fetch from the address), value
 //   4 work    first address, pages, stride, first page to write, counts, kick word
 //   5 resume
+//   6 wake the second processor (its mailbox is the next page)  -> PSCI's answer
+//   7 sleep: this processor is off
 //   3, 4, 5 answer                                          -> x0, ESR_EL2, FAR_EL2, HPFAR_EL2, ELR_EL2, vector,
 //                                                             ESR_EL1, FAR_EL1
         .equ    MAILBOX, 0x40300000
         .equ    WORK, 0x40              // offset of the loop in the code page
         .equ    EL1H_MASKED, 0x3c5
+        .equ    PSCI_CPU_ON, 0xc4000003
+        .equ    PSCI_CPU_OFF, 0x84000002
 
         .text
 _start: msr     daifset, #15
+        mrs     x11, mpidr_el1
+        and     x11, x11, #0xff
         ldr     x20, =MAILBOX
+        add     x20, x20, x11, lsl #12
         adr     x11, vectors
         msr     vbar_el2, x11
         ldr     x11, =0x30d00800        // SCTLR_EL1: RES1 alone
@@ -40,6 +47,10 @@ main:   ldr     x11, [x20]
         b.eq    work
         cmp     x12, #5
         b.eq    resume
+        cmp     x12, #6
+        b.eq    wake
+        cmp     x12, #7
+        b.eq    sleep
         mov     x11, #-1
         str     x11, [x20, #136]
 reply:  dmb     sy
@@ -119,6 +130,20 @@ work:   mov     x1, x13
 enter:  mov     x11, #EL1H_MASKED
         msr     spsr_el2, x11
 resume: eret
+
+wake:   ldr     x0, =PSCI_CPU_ON
+        mov     x1, #1
+        adr     x2, _start
+        mov     x3, xzr
+        smc     #0
+        str     x0, [x20, #136]
+        b       reply
+sleep:  dmb     sy                      // answered before, or the request would be there still when it wakes
+        str     x19, [x20, #128]
+        dmb     sy
+        ldr     x0, =PSCI_CPU_OFF
+        smc     #0
+        b       main
 
 exit:   mrs     x11, esr_el2            // x18: which vector
         stp     x0, x11, [x20, #136]

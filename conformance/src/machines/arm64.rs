@@ -102,6 +102,12 @@ pub struct Arm64 {
     features: TlbFeatures,
     ground: Ground,
     mailbox: Mailbox,
+    /// The second processor's, where flushes come from while the first runs a guest: invalidations are broadcast.
+    second: Mailbox,
+    /// The second processor is on. It spins, so that it is off for all that needs no second one.
+    awake: bool,
+    /// VTCR_EL2, VTTBR_EL2, HCR_EL2 and the code page, as both processors have them.
+    regime: [u64; 4],
     emulator: Emulator,
 }
 
@@ -120,7 +126,7 @@ impl Arm64 {
         memory.write(STUB, &workshop.assemble(tools, &ASSEMBLER, "arm64", stub, STUB)?);
         let guest = include_str!("../../stubs/arm64_guest.S");
         memory.write(CODE, &workshop.assemble(tools, &ASSEMBLER, "arm64_guest", guest, 0)?);
-        qemu.args(["-M", "virt,virtualization=on,gic-version=3,memory-backend=m", "-cpu", "max", "-m", "128M"]);
+        qemu.args(["-M", "virt,virtualization=on,gic-version=3,memory-backend=m", "-cpu", "max", "-smp", "2", "-m", "128M"]);
         let path = memory.path();
         qemu.args(["-object", &format!("memory-backend-file,id=m,size=128M,mem-path={path},share=on")]);
         qemu.args(["-device", &format!("loader,addr={STUB:#x},cpu-num=0")]);
@@ -139,20 +145,47 @@ impl Arm64 {
             kick: CODE + KICK,
         };
         let features = TlbFeatures { level_hints: true, ranges: true };
-        Ok(Self { variant, format, features, ground, mailbox: Mailbox::new(memory, MAILBOX), emulator })
+        let mailbox = Mailbox::new(Arc::clone(&memory), MAILBOX);
+        let second = Mailbox::new(memory, MAILBOX + 0x1000);
+        Ok(Self { variant, format, features, ground, mailbox, second, awake: false, regime: [0; 4], emulator })
     }
 
     fn code_page(&self) -> u64 {
         self.ground.fixed[0].gpa
     }
 
-    fn steps(&mut self, steps: impl IntoIterator<Item = Step>) -> Result<(), Lost> {
+    /// Carries steps out on the first processor, or on the `second`.
+    fn steps(&mut self, steps: impl IntoIterator<Item = Step>, second: bool) -> Result<(), Lost> {
         let steps: Vec<(u64, u64)> = steps.into_iter().map(operation).collect();
+        let mailbox = if second { &mut self.second } else { &mut self.mailbox };
         for part in steps.chunks(MOST_PAIRS) {
-            self.mailbox.list(part);
-            self.mailbox.call(&mut self.emulator, 2, &[part.len() as u64])?;
+            mailbox.list(part);
+            mailbox.call(&mut self.emulator, 2, &[part.len() as u64])?;
         }
         Ok(())
+    }
+
+    /// Switches the second processor on.
+    fn wake(&mut self) -> Result<(), Lost> {
+        let regime = self.regime;
+        while !self.awake {
+            let [answer, ..] = self.mailbox.call(&mut self.emulator, 6, &[])?;
+            match answer as i64 {
+                0 => self.awake = true,
+                // Still on its way off, or on.
+                -4 | -5 => std::thread::yield_now(),
+                _ => return Err(Lost::Answer(format!("{answer:#x} to CPU_ON"))),
+            }
+        }
+        self.second.call(&mut self.emulator, 1, &regime).map(drop)
+    }
+
+    /// Switches it off.
+    fn sleep(&mut self) -> Result<(), Lost> {
+        match std::mem::take(&mut self.awake) {
+            true => self.second.call(&mut self.emulator, 7, &[]).map(drop),
+            false => Ok(()),
+        }
     }
 
     fn exit(&self, results: &Results) -> Result<Exit, Lost> {
@@ -273,7 +306,9 @@ impl Machine for Arm64 {
         // VM, RW, and FWB where the format goes by it.
         let hcr = 1 | 1 << 31 | u64::from(self.variant.options.fwb) << 46;
         let code = self.code_page();
-        let [_, mmfr1, mmfr2, isar0, ..] = self.mailbox.call(&mut self.emulator, 1, &[vtcr, vttbr, hcr, code])?;
+        self.sleep()?;
+        self.regime = [vtcr, vttbr, hcr, code];
+        let [_, mmfr1, mmfr2, isar0, ..] = self.mailbox.call(&mut self.emulator, 1, &self.regime)?;
         let has = [
             ("FEAT_HAFDBS", mmfr1 & 0xf >= 2, self.variant.options.accessed_dirty != AccessedDirty::Software),
             ("FEAT_S2FWB", mmfr2 >> 40 & 0xf != 0, self.variant.options.fwb),
@@ -293,21 +328,23 @@ impl Machine for Arm64 {
             TouchKind::Write => STORE,
             TouchKind::Execute => FETCH,
         };
+        self.sleep()?;
         let results = self.mailbox.call(&mut self.emulator, 3, &[access.at, routine, access.value])?;
         self.exit(&results)
     }
 
     fn flush(&mut self, request: &FlushRequest<'_>) -> Result<(), Lost> {
         let format = self.format.clone();
-        self.steps(Steps::new(&format, self.features, request))
+        self.steps(Steps::new(&format, self.features, request), self.awake)
     }
 
     fn refresh(&mut self, at: u64, level: Level) -> Option<Result<(), Lost>> {
         let steps = relaxed(&self.format, self.features, at, level);
-        Some(self.steps(steps))
+        Some(self.steps(steps, false))
     }
 
     fn run(&mut self, work: Work) -> Result<(), Lost> {
+        self.wake()?;
         let first = work.first + Work::OFFSET;
         let kick = self.code_page() + KICK;
         let written = work.pages - work.written;
@@ -323,6 +360,10 @@ impl Machine for Arm64 {
     fn resume(&mut self) -> Result<(), Lost> {
         self.mailbox.ask(5, &[]);
         Ok(())
+    }
+
+    fn broadcasts(&self) -> bool {
+        true
     }
 }
 

@@ -72,7 +72,11 @@ impl Set {
         // Beside the fixed pages, in the same unit or the one before: wherever that is, a guest reaches it.
         let size = (PAGES + WRITTEN) * granule;
         let fixed = ground.fixed.iter().map(|page| page.gpa).min().unwrap_or(0);
-        let first = if fixed >= 2 * size { (fixed - size) & !(size.next_power_of_two() - 1) } else { fixed + size.next_power_of_two() };
+        let first = if fixed >= 2 * size {
+            (fixed - size) & !(size.next_power_of_two() - 1)
+        } else {
+            fixed + size.next_power_of_two()
+        };
         let half = (ground.data.end - ground.data.start) / 2;
         Self { first, stride: granule, copies: [ground.data.start, ground.data.start + half] }
     }
@@ -111,7 +115,7 @@ pub fn seen<M: Machine>(mmu: &Mmu<M>, how: How) -> Result<Seen, VmmError> {
     for number in 0..PAGES + WRITTEN {
         vmm.map(set.page(number), set.output(0, set.page(number)), granule, Access::RWX)?;
     }
-    vmm.work(set.first, PAGES + WRITTEN, WRITTEN)?;
+    vmm.work(set.first, PAGES + WRITTEN, WRITTEN, true)?;
     // All that is cold is warm then: only what comes now is counted.
     vmm.passes(1)?;
     second.store(true, Ordering::Relaxed);

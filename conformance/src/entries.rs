@@ -199,7 +199,9 @@ impl<M: Machine> Looker<'_, M> {
                     match format.touch(level, raw, access) {
                         Touch::Denied => Expected::Faults(Class::Denied),
                         Touch::AccessFlag => Expected::Faults(Class::Old),
-                        Touch::Allowed(after) if self.vmm.ground.data.contains(&output) => Expected::Reaches(output, after),
+                        Touch::Allowed(after) if self.vmm.ground.data.contains(&output) => {
+                            Expected::Reaches(output, after)
+                        }
                         Touch::Allowed(_) => Expected::Untold,
                     }
                 }
@@ -245,11 +247,15 @@ impl<M: Machine> Looker<'_, M> {
                     let refused = matches!(exit, Exit::Fault(fault) if fault.class != Class::Other);
                     (refused, format!("a fault: {rule}"), *rule)
                 }
-                (Expected::Passes, Exit::Fault(fault)) => (fault.class == Class::Denied, "no fault but for rights".to_owned(), ""),
+                (Expected::Passes, Exit::Fault(fault)) => {
+                    (fault.class == Class::Denied, "no fault but for rights".to_owned(), "")
+                }
                 (Expected::Passes | Expected::Untold, _) => (true, String::new(), ""),
             };
             // A store that was to be refused may have gone anywhere in the data: it is put back where it can be found.
-            if let (TouchKind::Write, Expected::Refused(_) | Expected::Passes, Exit::Done { .. }) = (way, &expected, &exit) {
+            if let (TouchKind::Write, Expected::Refused(_) | Expected::Passes, Exit::Done { .. }) =
+                (way, &expected, &exit)
+            {
                 self.restore(&memory);
             }
             if right {

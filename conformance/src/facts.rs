@@ -98,7 +98,8 @@ pub fn race<M: Machine>(mmu: &Mmu<M>, rounds: u64, rng: &mut impl Rng) -> Result
     for page in race.pages() {
         race.vmm.map(page, race.output(page), granule, Access::RWX)?;
     }
-    race.vmm.work(first, PAGES, PAGES)?;
+    // With kicks: where flushes are broadcast there is one more thread to wait for.
+    race.vmm.work(first, PAGES, PAGES, false)?;
     race.vmm.passes(1)?;
     race.harvest()?;
     for _ in 0..rounds {
@@ -122,7 +123,8 @@ pub fn race<M: Machine>(mmu: &Mmu<M>, rounds: u64, rng: &mut impl Rng) -> Result
         return Err(VmmError::Wrong(format!("a guest read other bytes than it must, {mismatches} times")));
     }
     let faults = race.vmm.faults;
-    race.facts.faults = faults.absent + faults.absent_stores + faults.old + faults.armed + faults.unmerged + faults.spurious;
+    race.facts.faults =
+        faults.absent + faults.absent_stores + faults.old + faults.armed + faults.unmerged + faults.spurious;
     let facts = race.facts;
     drop(race);
     let machine = mmu.machine();
@@ -200,7 +202,9 @@ impl<M: Machine> Race<M> {
         self.vmm.mmu.flush(&request).map_err(failed("a flush", self.first))?;
         self.vmm.passes(1)?;
         for page in self.pages() {
-            let Some(found) = self.vmm.table.entry(Gpa::new(page)).filter(|found| found.kind == Kind::Leaf) else { continue };
+            let Some(found) = self.vmm.table.entry(Gpa::new(page)).filter(|found| found.kind == Kind::Leaf) else {
+                continue;
+            };
             self.facts.used += 1;
             if !self.vmm.table.format().is_young(found.level, found.raw) {
                 self.facts.lost_accessed += 1;

@@ -138,6 +138,8 @@ pub struct Work {
     pub written: u64,
     /// Guest address of two words at the start of a fixed page that may be written: passes, and mismatches.
     pub counts: u64,
+    /// Flushes are to reach the guest without a kick, where the machine can broadcast them ([`Machine::broadcasts`]).
+    pub broadcast: bool,
 }
 
 impl Work {
@@ -183,6 +185,19 @@ pub trait Machine: Sized + Send + 'static {
 
     /// Whether a flush that is missing shows: what is cached stays so across exits.
     fn caches(&self) -> bool;
+
+    /// Whether an access that a leaf of this level denies marks it as accessed all the same, where a manual allows that. It is made
+    /// old again then.
+    fn marks_denied(&self, level: Level) -> bool {
+        let _ = level;
+        false
+    }
+
+    /// Whether a fault says that a leaf is old. `false` where hardware has one bit for "nothing is there" and "not now": an old leaf
+    /// is then reported as [`Class::Absent`].
+    fn tells_old(&self) -> bool {
+        true
+    }
 
     /// Where this machine takes what a rule forbids, or refuses what none does.
     fn leniencies(&self) -> &'static [Leniency] {
@@ -230,8 +245,8 @@ pub trait Machine: Sized + Send + 'static {
     /// [`Lost`].
     fn resume(&mut self) -> Result<(), Lost>;
 
-    /// Whether flushes reach a guest that runs without a kick (a second processor broadcasts them). `false` here: the guest is
-    /// kicked, flushes are carried out, and the guest goes on.
+    /// Whether flushes reach the guest that was set to work without a kick: a second processor broadcasts them. `false` here:
+    /// the guest is kicked, flushes are carried out, and the guest goes on.
     fn broadcasts(&self) -> bool {
         false
     }

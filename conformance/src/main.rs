@@ -128,12 +128,18 @@ fn show(out: &mut impl Write, report: &Report, json: bool) -> io::Result<()> {
 
 /// What a guest sees of pages that move, on every machine.
 fn table(out: &mut impl Write, reports: &[Report]) -> io::Result<()> {
-    writeln!(out, "\n| machine | pages | change_pte: read faults | kicks | breaks | faults of a later store | zap: read faults |")?;
+    writeln!(
+        out,
+        "\n| machine | pages | change_pte: read faults | kicks | breaks | faults of a later store | zap: read faults |"
+    )?;
     writeln!(out, "|---|---|---|---|---|---|---|")?;
     for Report { machine, change, zap, .. } in reports {
         let Seen { pages, read_faults, kicks, breaks, write_faults, stores, .. } = change;
         let zapped = zap.read_faults;
-        writeln!(out, "| {machine} | {pages} | {read_faults} | {kicks} | {breaks} | {write_faults} of {stores} | {zapped} |")?;
+        writeln!(
+            out,
+            "| {machine} | {pages} | {read_faults} | {kicks} | {breaks} | {write_faults} of {stores} | {zapped} |"
+        )?;
     }
     Ok(())
 }

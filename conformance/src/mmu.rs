@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use notifier_core::{Access, Gpa, OutputAddr, Walker};
+use notifier_core::{Access, AddrRange, Gpa, OutputAddr, Walker};
 use spte_core::format::{Format, Kind, Touch};
 use spte_core::{Flush, FlushError, FlushRequest, Found, PageSource, Table};
 use spte_drive::{Hardware, Refusal, Software, Trouble};
@@ -94,7 +94,7 @@ pub struct Counts {
     pub accesses: AtomicU64,
     /// Faults whose class, address, level and kind were compared.
     pub faults: AtomicU64,
-    /// Faults on rights that were there already, in entries that were cached before they were raised.
+    /// Faults on rights, or leaves, that were there already, in entries that were cached before.
     pub spurious: AtomicU64,
     /// Flushes that the format asked for.
     pub flushes: AtomicU64,
@@ -395,10 +395,15 @@ impl<M: Machine> Hardware<M::Format> for Mmu<M> {
             TouchKind::Write => Access::WRITE,
             TouchKind::Execute => Access::EXECUTE,
         };
-        let allowed =
-            entry.kind == Kind::Leaf && matches!(format.touch(entry.level, entry.raw, wanted), Touch::Allowed(_));
+        let touched = (entry.kind == Kind::Leaf).then(|| format.touch(entry.level, entry.raw, wanted));
         let mut answer = self.one(&mut machine, format, &entry, at.as_u64(), kind)?;
-        if let (Err(_), true) = (&answer, allowed) {
+        let spurious = |fault: &Fault| match touched {
+            Some(Touch::Allowed(_)) => true,
+            // Where it is cached that nothing is there, a leaf that has come since is not denied but absent.
+            Some(Touch::Denied) => fault.class == Class::Absent,
+            _ => false,
+        };
+        if answer.as_ref().is_err_and(spurious) {
             if let Some(refreshed) = machine.refresh(Self::place(at.as_u64(), kind), entry.level) {
                 refreshed.map_err(Odd::from)?;
                 Counts::add(&self.0.counts.spurious);
@@ -414,9 +419,18 @@ impl<M: Machine> Hardware<M::Format> for Mmu<M> {
                 let access = if spec().armed { spec().access.read_only() } else { spec().access };
                 Ok(Ok((OutputAddr::new(output), access)))
             }
+            Err(Fault { class: Class::Absent, .. }) if touched == Some(Touch::AccessFlag) && !machine.tells_old() => {
+                Ok(Err(Refusal::Old))
+            }
             Err(Fault { class: Class::Absent, .. }) => Ok(Err(Refusal::Absent)),
             Err(Fault { class: Class::Denied, .. }) => {
                 let armed = kind == TouchKind::Write && entry.kind == Kind::Leaf && spec().armed;
+                let early = machine.marks_denied(entry.level) && entry.kind == Kind::Leaf && !spec().accessed;
+                drop(machine);
+                if early {
+                    let end = Gpa::new(entry.start.as_u64() + entry.span);
+                    AddrRange::new(entry.start, end).map(|leaf| table.age(leaf))??;
+                }
                 Ok(Err(Refusal::Denied { armed }))
             }
             Err(Fault { class: Class::Old, .. }) => Ok(Err(Refusal::Old)),

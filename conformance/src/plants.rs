@@ -103,7 +103,8 @@ pub fn is_caught<M: Machine>(mmu: &Mmu<M>, plant: Plant) -> Result<Option<bool>,
     let granule = vmm.granule;
     let fixed = vmm.ground.fixed.iter().map(|page| page.gpa).max().unwrap_or(0);
     // In the same table as the fixed pages: nothing else is needed.
-    let pages = Pages { first: fixed + 4 * granule, outputs: [0, 1].map(|page| vmm.ground.data.start + (8 + page) * granule) };
+    let pages =
+        Pages { first: fixed + 4 * granule, outputs: [0, 1].map(|page| vmm.ground.data.start + (8 + page) * granule) };
     let rights = [Access::READ | Access::WRITE, Access::READ];
     for (page, rights) in rights.into_iter().enumerate() {
         vmm.map(pages.first + page as u64 * granule, pages.outputs[page], granule, rights)?;
@@ -164,7 +165,10 @@ pub fn is_caught<M: Machine>(mmu: &Mmu<M>, plant: Plant) -> Result<Option<bool>,
                     let empty = vmm.ground.data.start + 0x10_0000;
                     let bytes = format.geometry().table_bytes(format.geometry().top()).max(0x1000) as u64;
                     (empty..empty + bytes).step_by(8).for_each(|word| {
-                        memory.word(word).store(format.memory_of(format.not_present(format.geometry().top()).absent), Ordering::Release);
+                        memory.word(word).store(
+                            format.memory_of(format.not_present(format.geometry().top()).absent),
+                            Ordering::Release,
+                        );
                     });
                     root = OutputAddr::new(empty);
                 }

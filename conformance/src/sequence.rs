@@ -143,7 +143,7 @@ impl<M: Machine> Sequences<M> {
             return Ok(None);
         }
         let step = pair.step(op)?;
-        if let Op::Age { .. } = op {
+        if let (Op::Age { .. }, Step::Answered(_)) = (op, &step) {
             let first = pair.model().leaf(start).map_or(start, |(start, _)| start);
             let last = pair.model().leaf(end - 1).map_or(end, |(start, leaf)| start + leaf.size);
             if let Ok(range) = AddrRange::new(Gpa::new(first), Gpa::new(last)) {
@@ -197,7 +197,7 @@ impl<M: Machine> Sequences<M> {
     /// An output in the data; `steers`: one that keeps step with `gpa`, so that the largest leaf is possible that holds data.
     fn output(&self, gpa: u64, out: u64, size: u64, steers: bool) -> u64 {
         let Range { start, end } = self.ground.data;
-        let fits = |leaf: &u64| *leaf <= size.next_power_of_two();
+        let fits = |leaf: &u64| size.checked_next_power_of_two().is_none_or(|size| *leaf <= size);
         match self.shape.leaf_sizes().iter().copied().rfind(fits) {
             Some(leaf) if steers => {
                 let output = start & !(leaf - 1) | gpa & (leaf - 1);

@@ -152,9 +152,14 @@ impl<M: Machine> Vmm<M> {
         mmu.machine().begin(table.root())?;
         let walker = space.walker();
         let (resolves, faults, stored) = (Box::new(resolves), Faults::default(), BTreeSet::new());
-        let mut vmm = Self { subscription, walker, table, log, space, mmu, ground, granule, resolves, written, faults, stored };
+        let mut vmm =
+            Self { subscription, walker, table, log, space, mmu, ground, granule, resolves, written, faults, stored };
         for Fixed { gpa, output, access } in vmm.ground.fixed.clone() {
-            let rights = [(TouchKind::Read, Access::READ), (TouchKind::Write, Access::WRITE), (TouchKind::Execute, Access::EXECUTE)];
+            let rights = [
+                (TouchKind::Read, Access::READ),
+                (TouchKind::Write, Access::WRITE),
+                (TouchKind::Execute, Access::EXECUTE),
+            ];
             let rights = rights.into_iter().filter(|(kind, _)| access.contains(kind.needs())).map(|(_, right)| right);
             vmm.map(gpa, output, granule, rights.clone().collect())?;
             for right in rights {
@@ -290,18 +295,18 @@ impl<M: Machine> Vmm<M> {
         (memory.load(page.output), memory.load(page.output + 8))
     }
 
-    /// Sets the guest to work.
+    /// Sets the guest to work; `broadcast`: see [`Work::broadcast`].
     ///
     /// # Errors
     /// [`VmmError`].
-    pub fn work(&mut self, first: u64, pages: u64, written: u64) -> Result<(), VmmError> {
+    pub fn work(&mut self, first: u64, pages: u64, written: u64, broadcast: bool) -> Result<(), VmmError> {
         let Some(scratch) = self.ground.scratch() else {
             return Err(VmmError::Wrong("the machine has no fixed page for counts".to_owned()));
         };
         self.ground.memory.store(scratch.output, 0);
         self.ground.memory.store(scratch.output + 8, 0);
         self.ground.memory.store(self.ground.kick, 0);
-        self.mmu.run(Work { first, pages, stride: self.granule, written, counts: scratch.gpa })?;
+        self.mmu.run(Work { first, pages, stride: self.granule, written, counts: scratch.gpa, broadcast })?;
         Ok(())
     }
 

@@ -37,11 +37,20 @@ fn changes() {
     use conformance::change::{How, seen};
     let tools = Tools::new(std::env::var_os("CONFORMANCE_TOOLS").map(Into::into));
     for variant in variants() {
-        let machine = match Arm64::start(&tools, variant) { Ok(m) => m, Err(e) => { println!("{}: {e}", variant.name); continue; } };
+        let machine = match Arm64::start(&tools, variant) {
+            Ok(m) => m,
+            Err(e) => {
+                println!("{}: {e}", variant.name);
+                continue;
+            }
+        };
         let mmu = Mmu::new(machine);
         for how in [How::Change, How::Zap] {
             let t = std::time::Instant::now();
-            match seen(&mmu, how) { Ok(s) => println!("{} {how:?} {s:?} {:?}", variant.name, t.elapsed()), Err(e) => println!("{} {how:?} {e}", variant.name) }
+            match seen(&mmu, how) {
+                Ok(s) => println!("{} {how:?} {s:?} {:?}", variant.name, t.elapsed()),
+                Err(e) => println!("{} {how:?} {e}", variant.name),
+            }
         }
     }
 }
@@ -50,10 +59,19 @@ fn changes() {
 fn entries() {
     let tools = Tools::new(std::env::var_os("CONFORMANCE_TOOLS").map(Into::into));
     for variant in variants() {
-        let machine = match Arm64::start(&tools, variant) { Ok(m) => m, Err(e) => { println!("{}: {e}", variant.name); continue; } };
+        let machine = match Arm64::start(&tools, variant) {
+            Ok(m) => m,
+            Err(e) => {
+                println!("{}: {e}", variant.name);
+                continue;
+            }
+        };
         let mmu = Mmu::new(machine);
         let t = std::time::Instant::now();
-        match conformance::entries::check(&mmu, 20, &mut ChaCha8Rng::seed_from_u64(3)) { Ok(s) => println!("{} {s:?} {:?}", variant.name, t.elapsed()), Err(e) => println!("{} {e}", variant.name) }
+        match conformance::entries::check(&mmu, 20, &mut ChaCha8Rng::seed_from_u64(3)) {
+            Ok(s) => println!("{} {s:?} {:?}", variant.name, t.elapsed()),
+            Err(e) => println!("{} {e}", variant.name),
+        }
     }
 }
 
@@ -61,10 +79,19 @@ fn entries() {
 fn facts() {
     let tools = Tools::new(std::env::var_os("CONFORMANCE_TOOLS").map(Into::into));
     for variant in variants() {
-        let machine = match Arm64::start(&tools, variant) { Ok(m) => m, Err(e) => { println!("{}: {e}", variant.name); continue; } };
+        let machine = match Arm64::start(&tools, variant) {
+            Ok(m) => m,
+            Err(e) => {
+                println!("{}: {e}", variant.name);
+                continue;
+            }
+        };
         let mmu = Mmu::new(machine);
         let t = std::time::Instant::now();
-        match conformance::facts::race(&mmu, 300, &mut ChaCha8Rng::seed_from_u64(5)) { Ok(s) => println!("{} {s:?} {:?}", variant.name, t.elapsed()), Err(e) => println!("{} {e}", variant.name) }
+        match conformance::facts::race(&mmu, 300, &mut ChaCha8Rng::seed_from_u64(5)) {
+            Ok(s) => println!("{} {s:?} {:?}", variant.name, t.elapsed()),
+            Err(e) => println!("{} {e}", variant.name),
+        }
     }
 }
 
@@ -73,9 +100,17 @@ fn plants() {
     use conformance::plants::{Plant, is_caught, sequences_miss_flushes};
     let tools = Tools::new(std::env::var_os("CONFORMANCE_TOOLS").map(Into::into));
     for variant in variants() {
-        let machine = match Arm64::start(&tools, variant) { Ok(m) => m, Err(e) => { println!("{}: {e}", variant.name); continue; } };
+        let machine = match Arm64::start(&tools, variant) {
+            Ok(m) => m,
+            Err(e) => {
+                println!("{}: {e}", variant.name);
+                continue;
+            }
+        };
         let mmu = Mmu::new(machine);
-        for plant in Plant::ALL { println!("{} {plant:?} {:?}", variant.name, is_caught(&mmu, plant).map_err(|e| e.to_string())); }
+        for plant in Plant::ALL {
+            println!("{} {plant:?} {:?}", variant.name, is_caught(&mmu, plant).map_err(|e| e.to_string()));
+        }
         println!("{:?}", sequences_miss_flushes(&mmu, 50, &mut ChaCha8Rng::seed_from_u64(5)));
     }
 }

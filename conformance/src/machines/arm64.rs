@@ -126,7 +126,16 @@ impl Arm64 {
         memory.write(STUB, &workshop.assemble(tools, &ASSEMBLER, "arm64", stub, STUB)?);
         let guest = include_str!("../../stubs/arm64_guest.S");
         memory.write(CODE, &workshop.assemble(tools, &ASSEMBLER, "arm64_guest", guest, 0)?);
-        qemu.args(["-M", "virt,virtualization=on,gic-version=3,memory-backend=m", "-cpu", "max", "-smp", "2", "-m", "128M"]);
+        qemu.args([
+            "-M",
+            "virt,virtualization=on,gic-version=3,memory-backend=m",
+            "-cpu",
+            "max",
+            "-smp",
+            "2",
+            "-m",
+            "128M",
+        ]);
         let path = memory.path();
         qemu.args(["-object", &format!("memory-backend-file,id=m,size=128M,mem-path={path},share=on")]);
         qemu.args(["-device", &format!("loader,addr={STUB:#x},cpu-num=0")]);
@@ -344,7 +353,10 @@ impl Machine for Arm64 {
     }
 
     fn run(&mut self, work: Work) -> Result<(), Lost> {
-        self.wake()?;
+        match work.broadcast {
+            true => self.wake()?,
+            false => self.sleep()?,
+        }
         let first = work.first + Work::OFFSET;
         let kick = self.code_page() + KICK;
         let written = work.pages - work.written;
@@ -363,7 +375,7 @@ impl Machine for Arm64 {
     }
 
     fn broadcasts(&self) -> bool {
-        true
+        self.awake
     }
 }
 

@@ -119,7 +119,7 @@ impl Tools {
 }
 
 /// Runs a command to its end.
-fn run(command: &mut Command) -> Result<(), Lost> {
+pub(crate) fn run(command: &mut Command) -> Result<(), Lost> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command.output().map_err(|source| Lost::Run { program: program.clone(), source })?;
     if output.status.success() {

@@ -198,7 +198,8 @@ impl<M: Machine> Looker<'_, M> {
                     let output = format.spec(level, raw).output.as_u64() + (at & (format.geometry().span(level) - 1));
                     match format.touch(level, raw, access) {
                         Touch::Denied => Expected::Faults(Class::Denied),
-                        Touch::AccessFlag => Expected::Faults(Class::Old),
+                        Touch::AccessFlag if machine.tells_old() => Expected::Faults(Class::Old),
+                        Touch::AccessFlag => Expected::Faults(Class::Absent),
                         Touch::Allowed(after) if self.vmm.ground.data.contains(&output) => {
                             Expected::Reaches(output, after)
                         }

@@ -227,6 +227,16 @@ pub trait Machine: Sized + Send + 'static {
     /// across exits, so each fault is one.
     fn refresh(&mut self, at: u64, level: Level) -> Option<Result<(), Lost>>;
 
+    /// What a fault handler does on its own processor when it has mapped what was absent at `at`: nothing, unless that
+    /// nothing was there is cached too.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    fn installed(&mut self, at: u64) -> Result<(), Lost> {
+        let _ = at;
+        Ok(())
+    }
+
     /// Sets a guest to `work`, and does not wait.
     ///
     /// # Errors

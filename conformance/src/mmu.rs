@@ -232,6 +232,31 @@ impl<M: Machine> Mmu<M> {
         Ok(())
     }
 
+    /// Brings the guest at work out until [`Mmu::go_on`], if it is in: whether it was. A fault with which it came out is
+    /// [`Mmu::watch`]'s to tell.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    pub fn hold(&self) -> Result<bool, Lost> {
+        let mut machine = self.machine();
+        let mut job = self.job();
+        if *job != Job::Running {
+            return Ok(false);
+        }
+        match Self::bring_out(&mut machine)? {
+            Exit::Kicked => {
+                Counts::add(&self.0.counts.kicks);
+                *job = Job::Waiting;
+                Ok(true)
+            }
+            Exit::Fault(fault) => {
+                *job = Job::Faulted(fault);
+                Ok(false)
+            }
+            exit @ Exit::Done { .. } => Err(Lost::Answer(format!("{exit:?} of a guest at work"))),
+        }
+    }
+
     /// Ends the guest's work. A fault with which it came out is dropped.
     ///
     /// # Errors

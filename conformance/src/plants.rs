@@ -105,7 +105,7 @@ pub fn is_caught<M: Machine>(mmu: &Mmu<M>, plant: Plant) -> Result<Option<bool>,
     // In the same table as the fixed pages: nothing else is needed.
     let pages =
         Pages { first: fixed + 4 * granule, outputs: [0, 1].map(|page| vmm.ground.data.start + (8 + page) * granule) };
-    let rights = [Access::READ | Access::WRITE, Access::READ];
+    let rights = [Access::RWX, Access::RX];
     for (page, rights) in rights.into_iter().enumerate() {
         vmm.map(pages.first + page as u64 * granule, pages.outputs[page], granule, rights)?;
     }
@@ -141,7 +141,7 @@ pub fn is_caught<M: Machine>(mmu: &Mmu<M>, plant: Plant) -> Result<Option<bool>,
             let output = OutputAddr::new(pages.outputs[1]);
             edit(slot(leaf.level, pages.first + granule), made(LeafSpec { output, ..spec })?);
         }
-        Plant::NoWrite => edit(own, made(LeafSpec { access: Access::READ, dirty: false, ..spec })?),
+        Plant::NoWrite => edit(own, made(LeafSpec { access: Access::RX, dirty: false, ..spec })?),
         Plant::Absent => edit(own, format.not_present(leaf.level).absent),
         Plant::Slot => {
             edit(slot(leaf.level, pages.first + 2 * granule), leaf.raw);

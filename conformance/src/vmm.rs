@@ -193,7 +193,7 @@ impl<M: Machine> Vmm<M> {
     }
 
     /// Repoints the page at `at` in a Retained window: whether somebody translated it, and now does so elsewhere. `meanwhile` is
-    /// called when nobody can write the page any more.
+    /// called when nobody can write the page any more. A guest at work is kept out where the format breaks before it makes.
     ///
     /// # Errors
     /// [`VmmError::Call`].
@@ -201,11 +201,24 @@ impl<M: Machine> Vmm<M> {
         self.log.watched.store(at, Ordering::Relaxed);
         let guard = self.space.retain(Self::range(at, self.granule)?).map_err(failed("retain", at))?;
         meanwhile();
+        // Where the format has the page broken first, a guest would run into the hole, and fault for nothing: it is kept out.
+        let held = self.breaks_to_change(at, new) && self.mmu.hold()?;
         let change = Change { page: Gpa::new(at), expected: OutputAddr::new(expected), new: OutputAddr::new(new) };
         let done = guard.change_pte(&[change]).map_err(failed("change_pte", at))?;
         guard.close().map_err(failed("close", at))?;
+        if held {
+            self.mmu.go_on()?;
+        }
         self.log.watched.store(u64::MAX, Ordering::Relaxed);
         Ok(done.first().is_some_and(|page| page.outcome == Outcome::Changed))
+    }
+
+    /// Whether a page that is read-only is broken before it leads elsewhere, to the same contents.
+    fn breaks_to_change(&self, at: u64, new: u64) -> bool {
+        let format = self.table.format();
+        let Some(found) = self.table.entry(Gpa::new(at)).filter(|found| found.kind == Kind::Leaf) else { return false };
+        let moved = format.set_spte(found.level, found.raw, OutputAddr::new(new));
+        moved.is_ok_and(|moved| format.equal_contents_transition(found.level, found.raw, moved).break_first)
     }
 
     /// Takes pages away in a window.
@@ -257,7 +270,8 @@ impl<M: Machine> Vmm<M> {
             _ => {
                 *(if store { &mut self.faults.absent_stores } else { &mut self.faults.absent }) += 1;
                 let output = (self.resolves)(page);
-                return self.map(page, output, self.granule, Access::RWX);
+                self.map(page, output, self.granule, Access::RWX)?;
+                return Ok(self.mmu.machine().installed(at)?);
             }
         };
         let armed = format.spec(found.level, found.raw).armed;
@@ -282,6 +296,7 @@ impl<M: Machine> Vmm<M> {
                 self.zap(page, self.granule)?;
                 let output = (self.resolves)(page);
                 self.map(page, output, self.granule, Access::RWX)?;
+                self.mmu.machine().installed(at)?;
             }
             _ => return Err(VmmError::Fault { fault }),
         }

@@ -211,10 +211,10 @@ impl<M: Machine> Looker<'_, M> {
                 continue;
             }
             // What is fetched through an entry that should have been refused may be anything.
-            if let (Expected::Refused(rule), TouchKind::Execute) = (&expected, way) {
-                if machine.leniencies().iter().any(|leniency| rule.contains(leniency.rule)) {
-                    continue;
-                }
+            if let (Expected::Refused(rule), TouchKind::Execute) = (&expected, way)
+                && machine.leniencies().iter().any(|leniency| rule.contains(leniency.rule))
+            {
+                continue;
             }
             self.seen.accesses += 1;
             let token = 0x5a5a_5a5a_0000_0001 | at << 4;

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -89,6 +90,11 @@ impl Memory {
         self.file.metadata().map_or(0, |data| data.len())
     }
 
+    /// The number of the file, by which a process that maps it can be found.
+    pub fn inode(&self) -> u64 {
+        self.file.metadata().map_or(0, |data| data.ino())
+    }
+
     fn host(&self, at: u64) -> NonNull<u8> {
         let host = self.guest.get_host_address(GuestAddress(at)).ok().and_then(NonNull::new);
         host.unwrap_or_else(|| panic!("the machine has no memory at {at:#x}"))
@@ -99,7 +105,7 @@ impl Memory {
     /// # Panics
     /// Where the machine has no memory, or the address is no multiple of 8.
     pub fn word(&self, at: u64) -> &AtomicU64 {
-        assert!(at % 8 == 0, "{at:#x} is no word");
+        assert!(at.is_multiple_of(8), "{at:#x} is no word");
         // SAFETY: an aligned word of a mapping that lives as long as `self`; everybody here goes by atomics, and the
         // machine on the other side is no part of the program.
         unsafe { self.host(at).cast::<AtomicU64>().as_ref() }

@@ -428,12 +428,12 @@ impl<M: Machine> Hardware<M::Format> for Mmu<M> {
             Some(Touch::Denied) => fault.class == Class::Absent,
             _ => false,
         };
-        if answer.as_ref().is_err_and(spurious) {
-            if let Some(refreshed) = machine.refresh(Self::place(at.as_u64(), kind), entry.level) {
-                refreshed.map_err(Odd::from)?;
-                Counts::add(&self.0.counts.spurious);
-                answer = self.one(&mut machine, format, &entry, at.as_u64(), kind)?;
-            }
+        if answer.as_ref().is_err_and(spurious)
+            && let Some(refreshed) = machine.refresh(Self::place(at.as_u64(), kind), entry.level)
+        {
+            refreshed.map_err(Odd::from)?;
+            Counts::add(&self.0.counts.spurious);
+            answer = self.one(&mut machine, format, &entry, at.as_u64(), kind)?;
         }
         let spec = || format.spec(entry.level, entry.raw);
         match answer {

@@ -81,11 +81,13 @@ pub enum Failure {
     Vmm(#[from] VmmError),
 }
 
+type Run = dyn Fn(&Tools, &Settings, &ProgressBar) -> Result<Report, Failure>;
+
 /// A machine that can be started and checked.
 pub struct Candidate {
     /// Its name.
     pub name: String,
-    run: Box<dyn Fn(&Tools, &Settings, &ProgressBar) -> Result<Report, Failure>>,
+    run: Box<Run>,
 }
 
 impl std::fmt::Debug for Candidate {

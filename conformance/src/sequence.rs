@@ -228,7 +228,7 @@ impl<M: Machine> Sequences<M> {
                 }
             };
             let kind = [TouchKind::Read, TouchKind::Write, TouchKind::Execute][(rng() % 3) as usize];
-            Op::Touch { gpa: at ^ (rng() % granule & !7), kind }
+            Op::Touch { gpa: at ^ ((rng() % granule) & !7), kind }
         };
         (0..ACCESSES).map(|_| touch(&mut || rng.random())).collect()
     }

@@ -76,10 +76,10 @@ impl<M: Machine> Flush for Watched<M> {
     fn flush(&self, request: &FlushRequest<'_>) -> Result<(), FlushError> {
         let Watched(log) = self;
         let watched = log.watched.load(Ordering::Relaxed);
-        if let (true, Some(table)) = (watched != u64::MAX, log.table.get().and_then(Weak::upgrade)) {
-            if table.entry(Gpa::new(watched)).is_some_and(|found| found.kind != Kind::Leaf) {
-                log.breaks.fetch_add(1, Ordering::Relaxed);
-            }
+        if let (true, Some(table)) = (watched != u64::MAX, log.table.get().and_then(Weak::upgrade))
+            && table.entry(Gpa::new(watched)).is_some_and(|found| found.kind != Kind::Leaf)
+        {
+            log.breaks.fetch_add(1, Ordering::Relaxed);
         }
         log.mmu.flush(request)
     }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::error::Error;
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -71,6 +72,12 @@ struct Log<M: Machine> {
 
 /// The machine's flushes; at each, an entry that is watched may be broken.
 pub struct Watched<M: Machine>(Arc<Log<M>>);
+
+impl<M: Machine> fmt::Debug for Watched<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watched").field("mmu", &self.0.mmu).finish_non_exhaustive()
+    }
+}
 
 impl<M: Machine> Flush for Watched<M> {
     fn flush(&self, request: &FlushRequest<'_>) -> Result<(), FlushError> {
@@ -358,6 +365,12 @@ impl<M: Machine> Vmm<M> {
             self.mmu.go_on()?;
         }
         Ok(())
+    }
+}
+
+impl<M: Machine> fmt::Debug for Vmm<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vmm").field("space", &self.space).field("faults", &self.faults).finish_non_exhaustive()
     }
 }
 

@@ -2,6 +2,13 @@
 //! The machines.
 
 pub mod arm64;
+#[cfg(target_arch = "x86_64")]
+pub mod kvm;
+pub mod ppc;
+pub mod vmx;
+pub mod x86;
+
+use spte_x86::{Native, Nested};
 
 use crate::report::Candidate;
 
@@ -10,6 +17,22 @@ pub fn candidates() -> Vec<Candidate> {
     let mut all = Vec::new();
     for variant in arm64::variants() {
         all.push(Candidate::new(variant.name, move |tools| arm64::Arm64::start(tools, variant)));
+    }
+    for variant in x86::X86::<Nested>::variants() {
+        all.push(Candidate::new(variant.name, move |tools| x86::X86::<Nested>::start(tools, variant)));
+    }
+    for variant in x86::X86::<Native>::variants() {
+        all.push(Candidate::new(variant.name, move |tools| x86::X86::<Native>::start(tools, variant)));
+    }
+    for variant in vmx::variants() {
+        all.push(Candidate::new(variant.name, move |tools| vmx::Vmx::start(tools, variant)));
+    }
+    #[cfg(target_arch = "x86_64")]
+    for variant in kvm::variants() {
+        all.push(Candidate::new(variant.name, move |tools| kvm::KvmGuest::start(tools, variant)));
+    }
+    for (name, variant) in ppc::variants() {
+        all.push(Candidate::new(name, move |tools| ppc::Ppc::start(tools, variant)));
     }
     all
 }

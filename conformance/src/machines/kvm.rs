@@ -29,7 +29,7 @@ use spte_model::{Access, MemType, Shape, TouchKind};
 use spte_x86::{Levels, LongMode, LongModeAttrs, LongModeOptions, MemoryType, Pat, Step, Steps};
 
 use crate::emulator::{Assembler, Lost, Tools, Workshop};
-use crate::machine::{Class, Exit, Fault, Fixed, Ground, GuestAccess, Leniency, Machine, Work};
+use crate::machine::{Class, Exit, Fault, Fixed, Ground, GuestAccess, Machine, Work};
 use crate::memory::{ByteOrder, Memory, Region};
 
 const RAM_BYTES: u64 = 64 << 20;
@@ -65,12 +65,6 @@ const PORT_KICKED: u16 = 0x82;
 
 const ASSEMBLER: Assembler =
     Assembler { prefix: ["as", "ld", "objcopy"], package: "binutils", options: &["--64"], link: &["-melf_x86_64"] };
-
-const LENIENCIES: [Leniency; 1] = [Leniency {
-    rule: "bit 8 of a link at levels 3 to 5 is reserved",
-    why: "bit 8 of a link at level 3 is ignored: AMD reserves it from level 4 on (and so does Linux, where KVM walks: \
-          __reset_rsvds_bits_mask)",
-}];
 
 /// One set-up of the format.
 #[derive(Debug, Clone, Copy)]
@@ -391,10 +385,6 @@ impl Machine for KvmGuest {
 
     fn hardware_kind(&self, level: Level, raw: u64) -> HardwareKind {
         self.format.hardware_kind(level, raw)
-    }
-
-    fn leniencies(&self) -> &'static [Leniency] {
-        &LENIENCIES
     }
 
     /// Not for sure.

@@ -204,7 +204,7 @@ impl<U: Usage> X86<U> {
 }
 
 const RESERVED_GLOBAL: Leniency = Leniency {
-    rule: "bit 8 of a link at levels 3 to 5 is reserved",
+    rule: "bit 8 of a link at levels 4 and 5 is reserved",
     why: "G of a link is ignored, as by Intel's processors; AMD's fault (APM volume 2, 5.3.3: MBZ)",
 };
 const LENIENCIES: [&[Leniency]; 2] = [

@@ -256,12 +256,12 @@ impl<U: Usage> LongModeFormat<U> {
                 raw & low,
                 "address bits below the size of the page, but for PAT, are reserved",
             )?;
-        } else if options.link_global_reserved && level.get() >= 3 {
+        } else if options.link_global_reserved && level.get() >= 4 {
             EntryError::refuse(
                 level.get() as i8,
                 raw,
                 raw & long_mode::GLOBAL,
-                "bit 8 of a link at levels 3 to 5 is reserved",
+                "bit 8 of a link at levels 4 and 5 is reserved",
             )?;
         }
         EntryError::require(

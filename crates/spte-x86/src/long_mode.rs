@@ -45,7 +45,8 @@ pub struct LongModeOptions {
     pub encryption_bit: Option<u8>,
     /// Table pages are encrypted: links carry the encryption bit.
     pub encrypt_tables: bool,
-    /// Bit 8 of links at levels 3 to 5 is reserved, as on AMD; Intel ignores it.
+    /// Bit 8 of links at levels 4 and 5 is reserved, as on AMD; Intel ignores it. (Below neither minds it, whatever older manuals
+    /// of AMD said: Linux, commit 5ecad245de2a.)
     pub link_global_reserved: bool,
     /// Larger leaves are never executable (the mitigation of the iTLB multihit erratum); what is withheld comes back
     /// when they are split to 4K.

@@ -4,12 +4,15 @@
 pub mod arm64;
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;
+pub mod mips;
 pub mod ppc;
 pub mod vmx;
 pub mod x86;
 
+use spte_mips::{BigEndian, LittleEndian};
 use spte_x86::{Native, Nested};
 
+use crate::emulator::Tools;
 use crate::report::Candidate;
 
 /// Every machine there is a driver for.
@@ -33,6 +36,16 @@ pub fn candidates() -> Vec<Candidate> {
     }
     for (name, variant) in ppc::variants() {
         all.push(Candidate::new(name, move |tools| ppc::Ppc::start(tools, variant)));
+    }
+    for variant in mips::variants::<BigEndian>() {
+        let name = variant.name.clone();
+        let start = move |tools: &Tools| mips::Mips::<BigEndian>::start(tools, variant.clone());
+        all.push(Candidate::new(&name, start));
+    }
+    for variant in mips::variants::<LittleEndian>() {
+        let name = variant.name.clone();
+        let start = move |tools: &Tools| mips::Mips::<LittleEndian>::start(tools, variant.clone());
+        all.push(Candidate::new(&name, start));
     }
     all
 }

@@ -30,6 +30,9 @@ pub enum Lost {
     /// Something else that the machine needs is not there.
     #[error("{0}")]
     Needs(String),
+    /// This computer does not have it, and nothing that could be installed would help.
+    #[error("{0}")]
+    NotHere(String),
     /// There is no memory for it.
     #[error(transparent)]
     Memory(#[from] MemoryError),

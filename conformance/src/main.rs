@@ -40,7 +40,7 @@ struct Cli {
     /// One JSON object a line and machine.
     #[arg(long)]
     json: bool,
-    /// A machine that cannot be had is an error.
+    /// A machine that could be had if something were installed is an error.
     #[arg(long)]
     require: bool,
     /// A folder in which packages with emulators were unpacked, looked at before PATH.
@@ -65,8 +65,14 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> io::Result<ExitCode> {
     let mut out = io::stdout();
-    let asked = |name: &str| cli.machine.is_empty() || cli.machine.iter().any(|asked| name.starts_with(asked.as_str()));
-    let candidates: Vec<_> = candidates().into_iter().filter(|candidate| asked(&candidate.name)).collect();
+    let mut candidates = candidates();
+    let names: Vec<String> = candidates.iter().map(|candidate| candidate.name.clone()).collect();
+    // A whole name means that machine alone, though others begin like it.
+    let means = |asked: &String, name: &str| {
+        if names.contains(asked) { asked == name } else { name.starts_with(asked.as_str()) }
+    };
+    let asked = |name: &str| cli.machine.is_empty() || cli.machine.iter().any(|asked| means(asked, name));
+    candidates.retain(|candidate| asked(&candidate.name));
     if candidates.is_empty() {
         eprintln!("error: no machine is called {}; --list names them", cli.machine.join(" or "));
         return Ok(ExitCode::from(2));
@@ -91,6 +97,9 @@ fn run(cli: &Cli) -> io::Result<ExitCode> {
                 progress.suspend(|| show(&mut out, &report, cli.json))?;
                 code = code.max(u8::from(report.divergences != 0));
                 reports.push(report);
+            }
+            Err(Failure::Lost(lost @ Lost::NotHere(_))) => {
+                progress.suspend(|| eprintln!("{}: {lost}", candidate.name));
             }
             Err(Failure::Lost(lost @ (Lost::Missing(_) | Lost::Needs(_)))) => {
                 progress.suspend(|| eprintln!("{}: {lost}", candidate.name));

@@ -139,7 +139,7 @@ impl KvmGuest {
     /// [`Lost`]; [`Lost::Needs`] where there is no /dev/kvm that this program may use, or this processor lacks what the
     /// variant is about.
     pub fn start(tools: &Tools, variant: Variant) -> Result<Self, Lost> {
-        let kvm = Kvm::new().map_err(|error| Lost::Needs(format!("/dev/kvm is not here: {error}")))?;
+        let kvm = Kvm::new().map_err(|error| Lost::NotHere(format!("/dev/kvm is not here: {error}")))?;
         let region = Region { output: 0, bytes: RAM_BYTES, offset: 0 };
         let memory = Arc::new(Memory::new(&[region], ByteOrder::Little)?);
         let guest = include_str!("../../stubs/kvm_guest.S");

@@ -380,7 +380,9 @@ impl PwCtl {
     pub const USER: u64 = 1 << 26;
     /// DPH: huge pages in pairs of directory entries.
     pub const DUAL_HUGE: u64 = 1 << 7;
-    /// HugePg: directories may hold pages. Never here: PSn would be a bit of a link.
+    /// HugePg: directories may hold pages. Not set here: our directories hold none. (On a 32-bit processor it also makes directory
+    /// entries as wide as leaves with PTEW, as QEMU reads it: with PSn below the page size, which no link has set, such a walker
+    /// can walk these tables. `conformance/` does that.)
     pub const HUGE: u64 = 1 << 6;
 
     /// As Linux has it: on, for xuseg on 64-bit processors, without huge pages.

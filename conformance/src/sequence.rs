@@ -106,6 +106,7 @@ impl<M: Machine> Sequences<M> {
         let driven = self.mmu.machine().driven();
         let pages = TablePages::new(Arc::clone(&self.ground.memory), self.ground.tables.clone());
         let mut pair = Pair::with_hardware(driven, ScarcePages::new(pages), self.mmu.clone())?;
+        pair.spare_touches();
         for page in &self.ground.fixed {
             let (gpa, out, size) = (page.gpa, page.output, self.shape.granule());
             pair.step(&Op::Map {

@@ -101,6 +101,8 @@ pub struct Pair<F: Format, P: PageSource = HeapPages, H: Hardware<F> = Software>
     index: usize,
     /// Leaves compared since all were.
     looked_at: usize,
+    /// All is compared after an access too.
+    whole_touches: bool,
 }
 
 impl<F: Format> Pair<F> {
@@ -130,7 +132,19 @@ impl<F: Format, P: PageSource, H: Hardware<F>> Pair<F, P, H> {
     /// See [`Driver::with_hardware`].
     pub fn with_hardware(driven: Driven<F>, pages: ScarcePages<P>, hardware: H) -> Result<Self, DriveError> {
         let model = Model::new(driven.shape.clone());
-        Ok(Self { model, driver: Driver::with_hardware(driven, pages, hardware)?, index: 0, looked_at: 0 })
+        Ok(Self {
+            model,
+            driver: Driver::with_hardware(driven, pages, hardware)?,
+            index: 0,
+            looked_at: 0,
+            whole_touches: true,
+        })
+    }
+
+    /// From now on an access is followed by a look at its own leaf alone, and all is compared after other operations: for many
+    /// accesses in large tables.
+    pub fn spare_touches(&mut self) {
+        self.whole_touches = false;
     }
 
     /// The model.
@@ -217,7 +231,9 @@ impl<F: Format, P: PageSource, H: Hardware<F>> Pair<F, P, H> {
                 self.driver.forget(*first, last + leaf.size);
             }
         }
-        if self.model.leaf_count() < FEW {
+        if !self.whole_touches && matches!(op, Op::Touch { .. } | Op::Walk { .. }) {
+            self.compare_between(start, end)?;
+        } else if self.model.leaf_count() < FEW {
             self.compare()?;
         } else {
             self.looked_at += self.compare_between(start, end)?;

@@ -228,9 +228,12 @@ fn an_emulator_ends_with_its_machine() {
         std::fs::read_dir("/proc")
             .unwrap()
             .flatten()
+            // Not `self` and `thread-self`.
+            .filter(|process| process.file_name().to_string_lossy().parse::<u32>().is_ok())
             .filter(|process| {
                 let maps = std::fs::read_to_string(process.path().join("maps")).unwrap_or_default();
-                maps.contains(&format!(":{} ", memory.inode())) || maps.contains(&format!(" {} ", memory.inode()))
+                let inode = format!(" {} ", memory.inode());
+                maps.lines().any(|line| line.contains("memfd:guest") && line.contains(&inode))
             })
             .count()
     };

@@ -122,11 +122,10 @@ fn show(out: &mut impl Write, report: &Report, json: bool) -> io::Result<()> {
     if json {
         writeln!(out, "{}", serde_json::to_string(report)?)?;
     } else {
-        let Report { machine, cases, accesses, faults_checked, divergences, plants, plants_caught, .. } = report;
+        let Report { machine, cases, accesses, faults_checked, divergences, .. } = report;
         writeln!(
             out,
-            "{machine}: cases={cases} accesses={accesses} faults_checked={faults_checked} divergences={divergences} \
-             plants_caught={plants_caught}/{plants}"
+            "{machine}: cases={cases} accesses={accesses} faults_checked={faults_checked} divergences={divergences}"
         )?;
     }
     for shown in &report.shown {

@@ -20,7 +20,7 @@ use spte_core::raw::HardwareKind;
 use spte_model::{MemType, TouchKind};
 use thiserror::Error;
 
-use crate::machine::{Class, Exit, GuestAccess, Leniency, Machine};
+use crate::machine::{Class, Exit, GuestAccess, Machine};
 use crate::mmu::Mmu;
 use crate::sequence::reserved;
 use crate::vmm::{Vmm, VmmError};
@@ -79,10 +79,21 @@ enum Expected {
     Faults(Class),
     /// A fault of any class, for this rule.
     Refused(&'static str),
-    /// Through the link, or denied.
-    Passes,
+    /// Through the link, there, or denied.
+    Passes(u64),
     /// Nothing that can be told.
     Untold,
+}
+
+/// Where an entry stands, and what is accessed through it.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    level: Level,
+    slot: u64,
+    /// A guest address below it.
+    gpa: u64,
+    /// Where that leads as it was mapped.
+    output: u64,
 }
 
 struct Looker<'a, M: Machine> {
@@ -104,51 +115,65 @@ pub fn check<M: Machine>(mmu: &Mmu<M>, most: usize, rng: &mut impl Rng) -> Resul
     let levels = std::iter::successors(Some(Level::LEAF), |level| level.above());
     let top = geometry.top();
     for level in levels.take_while(|level| *level <= top) {
-        looker.level(level, most, rng)?;
+        looker.leaves(level, most, rng)?;
+        looker.link(level)?;
     }
     Ok(looker.seen)
 }
 
 impl<M: Machine> Looker<'_, M> {
-    fn level(&mut self, level: Level, most: usize, rng: &mut impl Rng) -> Result<(), EntriesError> {
+    /// Leaves of this level, where there are any.
+    fn leaves(&mut self, level: Level, most: usize, rng: &mut impl Rng) -> Result<(), EntriesError> {
         let driven = self.mmu.machine().driven();
         let format = driven.format;
+        let Some(gpa) = self.place(level).filter(|_| format.geometry().level(level).leaf) else { return Ok(()) };
         let span = format.geometry().span(level);
-        let Some(gpa) = self.place(level) else { return Ok(()) };
-        let data = self.vmm.ground.data.clone();
-        let output = data.start & !(span - 1);
-        let offset = data.start - output + 0x40;
-        // The table around it: a leaf of this level where there are such, or a page below a link of this level.
-        let leaf = format.geometry().level(level).leaf;
-        let length = if leaf { span } else { self.vmm.granule };
-        let below = if leaf { output } else { data.start };
-        self.vmm.map(gpa, below, length, Access::RWX)?;
+        let data = self.vmm.ground.data.start;
+        let output = data & !(span - 1);
+        // The tables above it; what it was mapped with is replaced.
+        self.vmm.map(gpa, output, span, Access::RWX)?;
+        let slot = self.slot(level, gpa);
+        let mut leaves = leaves(&format, driven.attrs, driven.shape.access(), level, output);
+        leaves.shuffle(rng);
+        for valid in leaves.into_iter().take(most) {
+            for turned in std::iter::once(0).chain((0..64).map(|bit| 1 << bit)) {
+                let place = Place { level, slot, gpa: gpa + (data - output) + 0x40, output: data + 0x40 };
+                self.entry(&format, place, valid, valid ^ turned)?;
+            }
+        }
+        Ok(self.vmm.zap(gpa, span)?)
+    }
+
+    /// A link of this level, above a page.
+    fn link(&mut self, level: Level) -> Result<(), EntriesError> {
+        let format = self.mmu.machine().driven().format;
+        let Some(gpa) = self.place(level).filter(|_| level > Level::LEAF) else { return Ok(()) };
+        let data = self.vmm.ground.data.start;
+        self.vmm.map(gpa, data, self.vmm.granule, Access::RWX)?;
         let rows = self.vmm.table.walk(Gpa::new(gpa));
-        let table = rows.iter().find_map(|row| match row.kind {
+        let Some((raw, Kind::Table(child))) = rows.iter().find(|row| row.level == level).map(|row| (row.raw, row.kind))
+        else {
+            return Err(VmmError::Wrong(format!("there is no link of level {} above {gpa:#x}", level.get())).into());
+        };
+        let slot = self.slot(level, gpa);
+        let kept = |bit: &u64| bit & child.as_u64() == 0;
+        for turned in std::iter::once(0).chain((0..64).map(|bit| 1_u64 << bit).filter(kept)) {
+            let place = Place { level, slot, gpa: gpa + 0x40, output: data + 0x40 };
+            self.entry(&format, place, raw, raw ^ turned)?;
+        }
+        // The engine follows it.
+        self.vmm.ground.memory.word(slot).store(format.memory_of(raw), Ordering::Release);
+        Ok(self.vmm.zap(gpa, self.vmm.granule)?)
+    }
+
+    /// Where the entry of `gpa` at this level stands.
+    fn slot(&self, level: Level, gpa: u64) -> u64 {
+        let table = self.vmm.table.walk(Gpa::new(gpa)).iter().find_map(|row| match row.kind {
             Kind::Table(table) if row.level.below() == Some(level) => Some(table),
             _ => None,
         });
-        let table = table.unwrap_or(self.root).as_u64();
-        let slot = table + 8 * format.geometry().index(level, gpa) as u64;
-        if leaf {
-            let mut leaves = leaves(&format, driven.attrs, driven.shape.access(), level, output);
-            leaves.shuffle(rng);
-            for valid in leaves.into_iter().take(most) {
-                for turned in std::iter::once(0).chain((0..64).map(|bit| 1 << bit)) {
-                    self.entry(&format, level, slot, valid, valid ^ turned, gpa, offset)?;
-                }
-            }
-        }
-        if let Some(link) = rows.iter().find(|row| row.level == level && matches!(row.kind, Kind::Table(_))) {
-            let Kind::Table(child) = link.kind else { return Ok(()) };
-            let child = child.as_u64();
-            for turned in std::iter::once(0).chain((0..64).map(|bit| 1_u64 << bit).filter(|bit| bit & child == 0)) {
-                self.entry(&format, level, slot, link.raw, link.raw ^ turned, gpa, 0x40)?;
-            }
-            self.vmm.ground.memory.word(slot).store(format.memory_of(link.raw), Ordering::Release);
-        }
-        self.vmm.zap(gpa, length)?;
-        Ok(())
+        let index = self.vmm.table.format().geometry().index(level, gpa);
+        table.unwrap_or(self.root).as_u64() + 8 * index as u64
     }
 
     /// A guest address for an entry of this level, away from the fixed pages.
@@ -164,17 +189,9 @@ impl<M: Machine> Looker<'_, M> {
             .find(free)
     }
 
-    #[allow(clippy::too_many_arguments, reason = "one entry in its place")]
-    fn entry(
-        &mut self,
-        format: &M::Format,
-        level: Level,
-        slot: u64,
-        valid: u64,
-        raw: u64,
-        gpa: u64,
-        offset: u64,
-    ) -> Result<(), EntriesError> {
+    /// One entry in its place, accessed in the three ways.
+    fn entry(&mut self, format: &M::Format, place: Place, valid: u64, raw: u64) -> Result<(), EntriesError> {
+        let Place { level, slot, gpa, output: mapped } = place;
         self.seen.entries += 1;
         let memory = Arc::clone(&self.vmm.ground.memory);
         let mut machine = self.mmu.machine();
@@ -183,14 +200,14 @@ impl<M: Machine> Looker<'_, M> {
             self.seen.refused += 1;
         }
         for (way, access) in WAYS {
-            let at = Mmu::<M>::place(gpa + offset, way);
+            let at = Mmu::<M>::place(gpa, way);
             memory.word(slot).store(format.memory_of(raw), Ordering::Release);
             machine.begin(self.root).map_err(VmmError::from)?;
             let expected = match (kind, rules) {
                 (HardwareKind::Impossible(error), _) | (_, Err(error)) => Expected::Refused(error.rule),
                 (HardwareKind::NotPresent, Ok(())) => Expected::Faults(Class::Absent),
                 (HardwareKind::Table(child), Ok(())) => match machine.hardware_kind(level, valid) {
-                    HardwareKind::Table(same) if same == child => Expected::Passes,
+                    HardwareKind::Table(same) if same == child => Expected::Passes(mapped - (gpa - at)),
                     _ => Expected::Untold,
                 },
                 (HardwareKind::Leaf, Ok(())) => {
@@ -212,7 +229,7 @@ impl<M: Machine> Looker<'_, M> {
             }
             // What is fetched through an entry that should have been refused may be anything.
             if let (Expected::Refused(rule), TouchKind::Execute) = (&expected, way)
-                && machine.leniencies().iter().any(|leniency| rule.contains(leniency.rule))
+                && machine.leniencies().iter().any(|leniency| leniency.explains(rule, raw ^ valid))
             {
                 continue;
             }
@@ -228,18 +245,19 @@ impl<M: Machine> Looker<'_, M> {
                 TouchKind::Execute => (output - self.vmm.ground.data.start) >> 12,
                 _ => output & !7,
             };
+            let there = |output: u64| match (way, &exit) {
+                (TouchKind::Write, Exit::Done { .. }) => {
+                    let stored = memory.load(output);
+                    memory.store(output, output);
+                    stored == token
+                }
+                (_, exit) => *exit == Exit::Done { value: number(output) },
+            };
             let (right, says, rule) = match (&expected, &exit) {
-                (Expected::Reaches(output, entry), exit) => {
-                    let there = match (way, exit) {
-                        (TouchKind::Write, Exit::Done { .. }) => {
-                            let stored = memory.load(*output);
-                            memory.store(*output, *output);
-                            stored == token
-                        }
-                        (_, exit) => *exit == Exit::Done { value: number(*output) },
-                    };
+                (Expected::Reaches(output, entry), _) => {
                     let claim = raw & format.claim_bit();
-                    (there && after == entry | claim, format!("{output:#x}, and the entry {entry:#018x}"), "")
+                    let right = there(*output) && after == entry | claim;
+                    (right, format!("{output:#x}, and the entry {entry:#018x}"), "")
                 }
                 (Expected::Faults(class), Exit::Fault(fault)) => (fault.class == *class, format!("{class:?}"), ""),
                 (Expected::Faults(class), _) => (false, format!("{class:?}"), ""),
@@ -248,37 +266,25 @@ impl<M: Machine> Looker<'_, M> {
                     let refused = matches!(exit, Exit::Fault(fault) if fault.class != Class::Other);
                     (refused, format!("a fault: {rule}"), *rule)
                 }
-                (Expected::Passes, Exit::Fault(fault)) => {
-                    (fault.class == Class::Denied, "no fault but for rights".to_owned(), "")
+                (Expected::Passes(output), Exit::Fault(fault)) => {
+                    (fault.class == Class::Denied, format!("{output:#x}, or a fault for rights"), "")
                 }
-                (Expected::Passes | Expected::Untold, _) => (true, String::new(), ""),
+                (Expected::Passes(output), _) => (there(*output), format!("{output:#x}"), ""),
+                (Expected::Untold, _) => (true, String::new(), ""),
             };
             // A store that was to be refused may have gone anywhere in the data: it is put back where it can be found.
-            if let (TouchKind::Write, Expected::Refused(_) | Expected::Passes, Exit::Done { .. }) =
-                (way, &expected, &exit)
-            {
+            if let (TouchKind::Write, Expected::Refused(_), Exit::Done { .. }) = (way, &expected, &exit) {
                 self.restore(&memory);
             }
             if right {
                 continue;
             }
-            let turned = (raw ^ valid).trailing_zeros();
-            let bit = format!("bit {turned} of level {}", format.level_number(level));
-            let known = |leniency: &&Leniency| {
-                if rule.is_empty() { bit.contains(leniency.rule) } else { rule.contains(leniency.rule) }
-            };
-            match machine.leniencies().iter().find(known) {
+            match machine.leniencies().iter().find(|leniency| leniency.explains(rule, raw ^ valid)) {
                 Some(leniency) => *self.seen.lenient.entry(leniency.why).or_default() += 1,
                 None => {
-                    return Err(Mismatch {
-                        way,
-                        raw,
-                        level: level.get(),
-                        valid,
-                        expected: format!("{says} [{bit}]"),
-                        found: found(&exit),
-                    }
-                    .into());
+                    return Err(
+                        Mismatch { way, raw, level: level.get(), valid, expected: says, found: found(&exit) }.into()
+                    );
                 }
             }
         }

@@ -147,13 +147,24 @@ impl Work {
     pub const OFFSET: u64 = 0x20;
 }
 
-/// Where a machine is known to do otherwise than the manual.
+/// Where a machine is known to do otherwise than the format's rules say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Leniency {
-    /// The rule, as [`EntryError`] names it, or a part of it.
+    /// The rule that it does not go by, as [`EntryError`] names it, or a part of it. Empty: no rule forbids the entry, and the machine
+    /// makes something else of it.
     pub rule: &'static str,
+    /// It shows where one of these bits was turned.
+    pub bits: u64,
     /// What the machine does, and where the manual has the rule.
     pub why: &'static str,
+}
+
+impl Leniency {
+    /// Whether this explains what a machine made of an entry in which `turned` was turned, and which breaks `rule`.
+    pub fn explains(&self, rule: &str, turned: u64) -> bool {
+        let named = if self.rule.is_empty() { rule.is_empty() } else { rule.contains(self.rule) };
+        named && (self.bits == u64::MAX || self.bits & turned != 0)
+    }
 }
 
 /// A machine whose MMU walks tables of a format.

@@ -52,13 +52,17 @@ const ASSEMBLER: Assembler = Assembler {
 /// What the architecture reserves and leaves to hardware (Arm ARM, D8.3.2 and the glossary: RES0 bits of descriptors may be ignored,
 /// reserved field values are CONSTRAINED UNPREDICTABLE), and QEMU ignores.
 const LENIENCIES: &[Leniency] = &[
-    Leniency { rule: "SH value 1", why: "a reserved SH is taken (QEMU caches nothing)" },
-    Leniency { rule: "MemAttr", why: "a reserved MemAttr is taken (QEMU caches nothing)" },
-    Leniency { rule: "RES0", why: "RES0 bits of leaves are ignored" },
-    Leniency { rule: "a link holds an address", why: "RES0 bits of links are ignored" },
-    Leniency { rule: "this level has no blocks", why: "a block is taken at a level that has none (QEMU 7.2)" },
-    Leniency { rule: "bit 53 ", why: "no leniency: XN[0] leaves execution to EL0, and the guest is at EL1" },
-    Leniency { rule: "contiguous", why: "the contiguous bit is a hint, and ignored" },
+    Leniency { rule: "SH value 1", bits: u64::MAX, why: "a reserved SH is taken (QEMU caches nothing)" },
+    Leniency { rule: "MemAttr", bits: u64::MAX, why: "a reserved MemAttr is taken (QEMU caches nothing)" },
+    Leniency { rule: "RES0", bits: u64::MAX, why: "RES0 bits of leaves are ignored" },
+    Leniency { rule: "a link holds an address", bits: u64::MAX, why: "RES0 bits of links are ignored" },
+    Leniency {
+        rule: "this level has no blocks",
+        bits: u64::MAX,
+        why: "a block is taken at a level that has none (QEMU 7.2)",
+    },
+    Leniency { rule: "", bits: 1 << 53, why: "no leniency: XN[0] leaves execution to EL0, and the guest is at EL1" },
+    Leniency { rule: "contiguous", bits: u64::MAX, why: "the contiguous bit is a hint, and ignored" },
 ];
 
 /// One set-up of the format.

@@ -285,14 +285,17 @@ impl<O: ByteOrder> Mips<O> {
 const HANDLER: &[Leniency] = &[
     Leniency {
         rule: "which EntryLo does not keep",
+        bits: u64::MAX,
         why: "EntryLo drops address bits that the processor does not have (MIPS64 PRA, \"EntryLo0, EntryLo1\", PFN)",
     },
     Leniency {
         rule: "frame bits below the page size are zero",
+        bits: u64::MAX,
         why: "PFN bits that PageMask covers are not looked at (MIPS64 PRA, \"PageMask Register\"; QEMU: r4k_fill_tlb)",
     },
     Leniency {
         rule: "a table is aligned to its page",
+        bits: u64::MAX,
         why: "a handler adds the index to the link, whatever it is, and release 6 loads words that are not aligned",
     },
 ];
@@ -303,10 +306,12 @@ const WALKER: &[Leniency] = &[
     HANDLER[1],
     Leniency {
         rule: "a link is an address of an unmapped segment",
+        bits: u64::MAX,
         why: "a 32-bit walker takes the lower half of a link",
     },
     Leniency {
         rule: "address bits above the physical address width (an address error)",
+        bits: u64::MAX,
         why: "a 32-bit walker takes the lower half of a link",
     },
 ];

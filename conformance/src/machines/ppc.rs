@@ -93,26 +93,31 @@ const ASSEMBLER: Assembler = Assembler {
 const LENIENCIES: [Leniency; 7] = [
     Leniency {
         rule: "of a directory entry are reserved",
+        bits: u64::MAX,
         why: "reserved bits of a directory entry are ignored (ISA, the figure of a page directory entry)",
     },
     Leniency {
         rule: "of a leaf are reserved",
+        bits: u64::MAX,
         why: "reserved bits of a leaf are ignored (ISA, the figure of a page table entry)",
     },
     Leniency {
         rule: "a table is aligned to its own size",
+        bits: u64::MAX,
         why: "bits of NLB below the size of the table are left out (ISA, NLB)",
     },
     Leniency {
         rule: "this level has no leaves",
+        bits: u64::MAX,
         why: "a leaf of 512G is one (the Manual's trees have pages of 4K, 64K, 2M and 1G)",
     },
     Leniency {
         rule: "above the physical address width",
+        bits: u64::MAX,
         why: "an address beyond the 51 bits of the processor is no interrupt: where nothing is, nothing is read",
     },
-    Leniency { rule: "bit 4 of level", why: GUARDED },
-    Leniency { rule: "bit 5 of level", why: GUARDED },
+    Leniency { rule: "", bits: 1 << 4, why: GUARDED },
+    Leniency { rule: "", bits: 1 << 5, why: GUARDED },
 ];
 const GUARDED: &str =
     "nothing is fetched from storage whose ATT is 2, whatever EAA says: it is guarded (ISA, ATT), and so no leniency";

@@ -205,13 +205,15 @@ impl<U: Usage> X86<U> {
 
 const RESERVED_GLOBAL: Leniency = Leniency {
     rule: "bit 8 of a link at levels 4 and 5 is reserved",
+    bits: u64::MAX,
     why: "G of a link is ignored, as by Intel's processors; AMD's fault (APM volume 2, 5.3.3: MBZ)",
 };
 const LENIENCIES: [&[Leniency]; 2] = [
     &[
         RESERVED_GLOBAL,
         Leniency {
-            rule: "bit 2 of level",
+            rule: "",
+            bits: 1 << 2,
             why: "a leaf without U/S is denied: this guest is at CPL 3, and a format does not say who asks",
         },
     ],

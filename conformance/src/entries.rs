@@ -20,7 +20,7 @@ use spte_core::raw::HardwareKind;
 use spte_model::{MemType, TouchKind};
 use thiserror::Error;
 
-use crate::machine::{Class, Exit, GuestAccess, Machine};
+use crate::machine::{Class, Exit, Fault, GuestAccess, Machine};
 use crate::mmu::Mmu;
 use crate::sequence::reserved;
 use crate::vmm::{Vmm, VmmError};
@@ -229,7 +229,7 @@ impl<M: Machine> Looker<'_, M> {
             }
             // What is fetched through an entry that should have been refused may be anything.
             if let (Expected::Refused(rule), TouchKind::Execute) = (&expected, way)
-                && machine.leniencies().iter().any(|leniency| leniency.explains(rule, raw ^ valid))
+                && machine.leniencies().iter().any(|leniency| leniency.concerns(rule, raw ^ valid))
             {
                 continue;
             }
@@ -253,21 +253,29 @@ impl<M: Machine> Looker<'_, M> {
                 }
                 (_, exit) => *exit == Exit::Done { value: number(output) },
             };
+            let told = |fault: &Fault| {
+                fault.at.is_none_or(|reported| reported == at >> fault.blind << fault.blind)
+                    && fault.level.is_none_or(|found| found == level)
+                    && fault.kind.is_none_or(|found| found == way)
+            };
             let (right, says, rule) = match (&expected, &exit) {
                 (Expected::Reaches(output, entry), _) => {
                     let claim = raw & format.claim_bit();
                     let right = there(*output) && after == entry | claim;
                     (right, format!("{output:#x}, and the entry {entry:#018x}"), "")
                 }
-                (Expected::Faults(class), Exit::Fault(fault)) => (fault.class == *class, format!("{class:?}"), ""),
+                (Expected::Faults(class), Exit::Fault(fault)) => {
+                    (fault.class == *class && told(fault), format!("{class:?} at {at:#x}"), "")
+                }
                 (Expected::Faults(class), _) => (false, format!("{class:?}"), ""),
                 (Expected::Refused(rule), exit) => {
                     // What was translated and led to no memory was not refused.
-                    let refused = matches!(exit, Exit::Fault(fault) if fault.class != Class::Other);
+                    let refused = matches!(exit, Exit::Fault(fault) if fault.class != Class::Other && told(fault));
                     (refused, format!("a fault: {rule}"), *rule)
                 }
                 (Expected::Passes(output), Exit::Fault(fault)) => {
-                    (fault.class == Class::Denied, format!("{output:#x}, or a fault for rights"), "")
+                    let right = fault.class == Class::Denied && told(fault);
+                    (right, format!("{output:#x}, or a fault for rights"), "")
                 }
                 (Expected::Passes(output), _) => (there(*output), format!("{output:#x}"), ""),
                 (Expected::Untold, _) => (true, String::new(), ""),
@@ -279,7 +287,7 @@ impl<M: Machine> Looker<'_, M> {
             if right {
                 continue;
             }
-            match machine.leniencies().iter().find(|leniency| leniency.explains(rule, raw ^ valid)) {
+            match machine.leniencies().iter().find(|leniency| leniency.explains(rule, raw ^ valid, way, &exit)) {
                 Some(leniency) => *self.seen.lenient.entry(leniency.why).or_default() += 1,
                 None => {
                     return Err(

@@ -155,15 +155,30 @@ pub struct Leniency {
     pub rule: &'static str,
     /// It shows where one of these bits was turned.
     pub bits: u64,
+    /// It shows in a fault of this class alone, for an access of one of these kinds; `None`: in whatever comes of it.
+    pub only: Option<(&'static [TouchKind], Class)>,
     /// What the machine does, and where the manual has the rule.
     pub why: &'static str,
 }
 
 impl Leniency {
-    /// Whether this explains what a machine made of an entry in which `turned` was turned, and which breaks `rule`.
-    pub fn explains(&self, rule: &str, turned: u64) -> bool {
+    /// One that shows in whatever comes of an entry that breaks `rule`.
+    pub const fn of(rule: &'static str, why: &'static str) -> Self {
+        Self { rule, bits: u64::MAX, only: None, why }
+    }
+
+    /// Whether it is about an entry in which `turned` was turned, and which breaks `rule`.
+    pub fn concerns(&self, rule: &str, turned: u64) -> bool {
         let named = if self.rule.is_empty() { rule.is_empty() } else { rule.contains(self.rule) };
         named && (self.bits == u64::MAX || self.bits & turned != 0)
+    }
+
+    /// Whether it is about what came of such an access.
+    pub fn explains(&self, rule: &str, turned: u64, kind: TouchKind, exit: &Exit) -> bool {
+        let shows = self.only.is_none_or(|(kinds, class)| {
+            kinds.contains(&kind) && matches!(exit, Exit::Fault(fault) if fault.class == class)
+        });
+        self.concerns(rule, turned) && shows
     }
 }
 
@@ -210,6 +225,11 @@ pub trait Machine: Sized + Send + 'static {
         true
     }
 
+    /// Whether it is cached that nothing is there.
+    fn keeps_absent(&self) -> bool {
+        false
+    }
+
     /// Where this machine takes what a rule forbids, or refuses what none does.
     fn leniencies(&self) -> &'static [Leniency] {
         &[]
@@ -238,8 +258,8 @@ pub trait Machine: Sized + Send + 'static {
     /// across exits, so each fault is one.
     fn refresh(&mut self, at: u64, level: Level) -> Option<Result<(), Lost>>;
 
-    /// What a fault handler does on its own processor when it has mapped what was absent at `at`: nothing, unless that
-    /// nothing was there is cached too.
+    /// What a fault handler does on its own processor when it has mapped what was absent at `at`: what the format's crate says,
+    /// a barrier or nothing; or more, where that nothing was there is cached too.
     ///
     /// # Errors
     /// [`Lost`].

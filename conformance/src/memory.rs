@@ -166,7 +166,8 @@ impl TablePages {
 }
 
 // SAFETY: pieces of `place` that do not overlap, aligned to their size, whose entries are words of memory that lives as long
-// as `self`; nobody here but the engine writes them, and hardware writes what the format says.
+// as `self`; whoever else writes them here (entries that are turned, faults that are planted) does so by atomics, puts back what the engine
+// follows, and hardware writes what the format says.
 unsafe impl PageSource for TablePages {
     fn alloc(&self, layout: TableLayout, fill: u64) -> Result<OutputAddr, OutOfPages> {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);

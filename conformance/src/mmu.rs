@@ -422,10 +422,12 @@ impl<M: Machine> Hardware<M::Format> for Mmu<M> {
         };
         let touched = (entry.kind == Kind::Leaf).then(|| format.touch(entry.level, entry.raw, wanted));
         let mut answer = self.one(&mut machine, format, &entry, at.as_u64(), kind)?;
-        let spurious = |fault: &Fault| match touched {
-            Some(Touch::Allowed(_)) => true,
-            // Where it is cached that nothing is there, a leaf that has come since is not denied but absent.
-            Some(Touch::Denied) => fault.class == Class::Absent,
+        // Fewer rights may be cached than there are now; and where it is cached that nothing is there, a leaf that has come since,
+        // or is young again, is absent for whatever it grants.
+        let keeps_absent = machine.keeps_absent();
+        let spurious = |fault: &Fault| match (touched, fault.class) {
+            (Some(Touch::Allowed(_)), Class::Denied) => true,
+            (Some(Touch::Allowed(_) | Touch::Denied), Class::Absent) => keeps_absent,
             _ => false,
         };
         if answer.as_ref().is_err_and(spurious)

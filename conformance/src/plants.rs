@@ -13,6 +13,7 @@ use rand::Rng;
 use spte_core::format::{Format, Kind, LeafSpec, Level};
 use spte_model::TouchKind;
 
+use crate::emulator::Lost;
 use crate::machine::{Class, Exit, Machine};
 use crate::mmu::{Mmu, Without};
 use crate::sequence::Sequences;
@@ -190,7 +191,6 @@ pub fn is_caught<M: Machine>(mmu: &Mmu<M>, plant: Plant) -> Result<Option<bool>,
         }
     }
     mmu.machine().begin(root)?;
-    // A machine that cannot even begin has noticed.
     let after = answers(&vmm, &pages);
     // The engine must find its tables as it left them, but for what hardware wrote.
     for (slot, raw) in edited.borrow().iter().rev() {
@@ -199,7 +199,12 @@ pub fn is_caught<M: Machine>(mmu: &Mmu<M>, plant: Plant) -> Result<Option<bool>,
     drop(vmm);
     let machine = mmu.machine();
     machine.ground().fill(|number| machine.code(number));
-    Ok(Some(after.map_or(true, |after| after != before)))
+    match after {
+        Ok(after) => Ok(Some(after != before)),
+        // The guest came back in a way that it never does.
+        Err(VmmError::Lost(Lost::Answer(_))) => Ok(Some(true)),
+        Err(error) => Err(error),
+    }
 }
 
 /// Whether random sequences notice that flushes are missing: after how many, of at most `cases`. `None` where nothing is cached.

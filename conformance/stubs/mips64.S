@@ -31,7 +31,7 @@
         .set    noreorder
         .set    noat
         .equ    MAILBOX, 0x30000
-        .equ    LOOP, 0x4100            # arguments of command 4
+        .equ    LOOP, 0x4300            # arguments of command 4
         .equ    UNIQUE, 0x4000          # an EntryHi for each index, from the format's crate
 
         .macro  address register, label

@@ -7,7 +7,8 @@
 #   NXE       1 for EFER.NXE, or 0
 #
 # Both are of the stub's own paging, and of nested paging under SVM with it. The stub begins at CPL 0 with interrupts off, no
-# stack, CR0.WP, and the first 4 GiB mapped where they are. Its page tables are in this ROM: accessed and dirty are set in all entries, so that nobody writes there.
+# stack, CR0.WP, and the first 4 GiB mapped where they are. Its page tables are in this ROM: accessed and dirty are set in all
+# entries, so that nobody writes there.
         .equ    PAE, 1 << 5
         .equ    LA57, 1 << 12
         .equ    EFER, 0xc0000080

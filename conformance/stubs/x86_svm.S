@@ -72,7 +72,12 @@ flush:  mov     16(%r15), %rdx
         mov     $ASID, %ecx
         invlpga %rax, %ecx
         jmp     3f
-2:      mov     %al, VMCB + TLB_CONTROL
+2:      mov     VMCB + TLB_CONTROL, %cl # what is pending already may be more: 1 is more than 3, and 3 than 7
+        test    %cl, %cl
+        jz      4f
+        cmp     %al, %cl
+        jbe     3f
+4:      mov     %al, VMCB + TLB_CONTROL
 3:      add     $16, %rsi
         jmp     1b
 

@@ -83,9 +83,7 @@ fn leaves_of_every_size_lead_where_they_say() {
         // Any size is left of the fixed pages, which are above 5/8 of all addresses.
         for (number, size) in sizes.iter().enumerate() {
             let (at, output) = (number as u64 * sizes[sizes.len() - 1], data & !(size - 1));
-            if at + size > vmm.ground.fixed[0].gpa & !(size - 1) {
-                continue;
-            }
+            assert!(at + size <= vmm.ground.fixed[0].gpa & !(size - 1), "{} {size:#x}", variant.name);
             vmm.map(at, output, *size, Access::RWX).unwrap();
             assert_eq!(vmm.table.entry(notifier_core::Gpa::new(at)).unwrap().span, *size, "{}", variant.name);
             let place = at + (data - output);
@@ -134,10 +132,27 @@ fn a_fault_has_its_class_address_level_and_kind() {
 }
 
 #[test]
+fn what_is_done_after_rights_were_raised_reaches_what_is_cached() {
+    each(|variant, mmu| {
+        let mut vmm = Vmm::new(mmu.clone(), |page| page).unwrap();
+        let at = vmm.ground.fixed[1].gpa + vmm.granule;
+        vmm.map(at, vmm.ground.data.start, vmm.granule, Access::RWX).unwrap();
+        assert!(matches!(vmm.access(at + 0x40, TouchKind::Read, 0).unwrap(), Exit::Done { .. }));
+        mmu.leave_out(Without::Flushes);
+        vmm.table.unmap(Vmm::<Arm64>::range(at, vmm.granule).unwrap()).unwrap();
+        mmu.leave_out(Without::Nothing);
+        assert!(matches!(vmm.access(at + 0x40, TouchKind::Read, 0).unwrap(), Exit::Done { .. }), "{}", variant.name);
+        mmu.machine().refresh(at, spte_core::Level::LEAF).unwrap().unwrap();
+        let exit = vmm.access(at + 0x40, TouchKind::Read, 0).unwrap();
+        assert!(matches!(exit, Exit::Fault(ref fault) if fault.class == Class::Absent), "{}: {exit:x?}", variant.name);
+    });
+}
+
+#[test]
 fn single_entries_do_as_the_checker_says() {
     each(|variant, mmu| {
         let entries = check(&mmu, 4, &mut seed(5)).unwrap_or_else(|error| panic!("{}: {error}", variant.name));
-        assert!(entries.refused > 50 && entries.accesses > 10 * entries.refused / 5, "{}: {entries:?}", variant.name);
+        assert!(entries.refused > 50 && entries.accesses > 2 * entries.refused, "{}: {entries:?}", variant.name);
     });
 }
 
@@ -214,7 +229,8 @@ fn pages_that_are_free_are_no_tables() {
         // The root was given back: whoever walks it still finds no entry that is possible.
         mmu.machine().begin(root).unwrap();
         let exit = mmu.machine().access(GuestAccess { at: 0x40, kind: TouchKind::Read, value: 0 }).unwrap();
-        assert!(matches!(exit, Exit::Fault(_)), "{}: {exit:x?}", variant.name);
+        let refused = matches!(exit, Exit::Fault(ref fault) if fault.class != Class::Other);
+        assert!(refused, "{}: {exit:x?}", variant.name);
     });
 }
 
@@ -222,7 +238,13 @@ fn pages_that_are_free_are_no_tables() {
 fn an_emulator_ends_with_its_machine() {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let tools = Tools::new(std::env::var_os("CONFORMANCE_TOOLS").map(Into::into));
-    let Ok(machine) = Arm64::start(&tools, variants()[0]) else { return };
+    let machine = match Arm64::start(&tools, variants()[0]) {
+        Ok(machine) => machine,
+        Err(missing @ Lost::Missing(_)) if std::env::var_os("CONFORMANCE_REQUIRE").is_none() => {
+            return println!("left out: {missing}");
+        }
+        Err(lost) => panic!("{lost}"),
+    };
     let memory = Arc::clone(&machine.ground().memory);
     let mapped = || {
         std::fs::read_dir("/proc")

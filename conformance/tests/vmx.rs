@@ -240,7 +240,7 @@ fn bochs_takes_bit_12_of_larger_leaves() {
 }
 
 #[test]
-fn execute_only_is_a_misconfiguration_only_where_the_processor_has_none() {
+fn execute_only_leaves_are_fetched_from_and_not_read() {
     each(|variant, mmu, sequences| {
         if !variant.options.execute_only {
             return;

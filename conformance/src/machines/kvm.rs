@@ -136,7 +136,7 @@ impl KvmGuest {
     /// Makes one.
     ///
     /// # Errors
-    /// [`Lost`]; [`Lost::Needs`] where there is no /dev/kvm that this program may use, or this processor lacks what the
+    /// [`Lost`]; [`Lost::NotHere`] where there is no /dev/kvm that this program may use, or this processor lacks what the
     /// variant is about.
     pub fn start(tools: &Tools, variant: Variant) -> Result<Self, Lost> {
         let kvm = Kvm::new().map_err(|error| Lost::NotHere(format!("/dev/kvm is not here: {error}")))?;
@@ -152,8 +152,8 @@ impl KvmGuest {
             memory_size: RAM_BYTES,
             userspace_addr: memory.word(0).as_ptr() as u64,
         };
-        // SAFETY: it is accessed through the slot while the processor runs alone: here, where `ground` has the memory, or on a
-        // thread that has it too.
+        // SAFETY: the mapping outlives every run: `ground` has the memory while the processor is here, the thread's clone while it
+        // is away, and `drop` joins that thread first.
         unsafe { vm.set_user_memory_region(slot) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
         let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
         let has = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
@@ -164,7 +164,7 @@ impl KvmGuest {
         let [sizes, ..] = cpuid(has, 0x8000_0008);
         let [_, _, features, _] = cpuid(has, 7);
         if variant.levels == Levels::Five && features & 1 << 16 == 0 {
-            return Err(Lost::Needs("this processor has no tables of five levels".to_owned()));
+            return Err(Lost::NotHere("this processor has no tables of five levels".to_owned()));
         }
         let options = LongModeOptions {
             levels: variant.levels,
@@ -429,8 +429,12 @@ impl Machine for KvmGuest {
     }
 
     fn flush(&mut self, request: &FlushRequest<'_>) -> Result<(), Lost> {
-        // What the processor has of a table on which the guest cannot run goes before it runs on the next.
-        if !self.has_run || !self.can_run() {
+        if !self.has_run {
+            return Ok(());
+        }
+        if !self.can_run() {
+            // What the processor has goes before the guest runs again (`arrive`).
+            self.has_run = false;
             return Ok(());
         }
         let format = self.format.clone();

@@ -274,7 +274,12 @@ impl<O: ByteOrder> Mips<O> {
             0x103 => fault(Class::Absent, Some(TouchKind::Write), bad, None),
             0x113 => fault(Class::Denied, Some(TouchKind::Read), bad, None),
             0x114 => fault(Class::Denied, Some(TouchKind::Execute), bad, None),
-            0x104 | 0x106 | 0x107 => fault(Class::Other, Some(loaded), bad, None),
+            // Bus errors leave BadVAddr alone, and that of data may be a store's.
+            0x106 | 0x107 => {
+                let kind = (code == 0x106).then_some(TouchKind::Execute);
+                Ok(Exit::Fault(Fault { class: Class::Other, at: None, blind: 0, level: None, kind, syndrome }))
+            }
+            0x104 => fault(Class::Other, Some(loaded), bad, None),
             0x105 => fault(Class::Other, Some(TouchKind::Write), bad, None),
             _ => Err(Lost::Answer(syndrome)),
         }
@@ -286,16 +291,19 @@ const HANDLER: &[Leniency] = &[
     Leniency {
         rule: "which EntryLo does not keep",
         bits: u64::MAX,
+        only: None,
         why: "EntryLo drops address bits that the processor does not have (MIPS64 PRA, \"EntryLo0, EntryLo1\", PFN)",
     },
     Leniency {
         rule: "frame bits below the page size are zero",
         bits: u64::MAX,
+        only: None,
         why: "PFN bits that PageMask covers are not looked at (MIPS64 PRA, \"PageMask Register\"; QEMU: r4k_fill_tlb)",
     },
     Leniency {
         rule: "a table is aligned to its page",
         bits: u64::MAX,
+        only: None,
         why: "a handler adds the index to the link, whatever it is, and release 6 loads words that are not aligned",
     },
 ];
@@ -307,11 +315,13 @@ const WALKER: &[Leniency] = &[
     Leniency {
         rule: "a link is an address of an unmapped segment",
         bits: u64::MAX,
+        only: None,
         why: "a 32-bit walker takes the lower half of a link",
     },
     Leniency {
         rule: "address bits above the physical address width (an address error)",
         bits: u64::MAX,
+        only: None,
         why: "a 32-bit walker takes the lower half of a link",
     },
 ];
@@ -434,6 +444,10 @@ impl<O: ByteOrder> Machine for Mips<O> {
 
     fn tells_old(&self) -> bool {
         false
+    }
+
+    fn keeps_absent(&self) -> bool {
+        true
     }
 
     fn leniencies(&self) -> &'static [Leniency] {

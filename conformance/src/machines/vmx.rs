@@ -73,14 +73,16 @@ const LENIENCIES: [Leniency; 4] = [
     Leniency {
         rule: "address bits below the size of the page are reserved",
         bits: 1 << 12,
+        only: None,
         why: "Bochs takes bit 12 of larger leaves, as if PAT had its place there, and no other of these bits \
               (Intel SDM volume 3, formats of an EPT PDE that maps a 2-MByte page and of a PDPTE that maps a 1-GByte page)",
     },
-    Leniency { rule: "", bits: 1 << 52, why: SOFTWARE },
-    Leniency { rule: "", bits: 1 << 53, why: SOFTWARE },
+    Leniency { rule: "", bits: 1 << 52, only: None, why: SOFTWARE },
+    Leniency { rule: "", bits: 1 << 53, only: None, why: SOFTWARE },
     Leniency {
         rule: "execute-only needs a processor that supports it",
         bits: u64::MAX,
+        only: None,
         why: "this processor supports it (IA32_VMX_EPT_VPID_CAP, bit 0), the format is set up as if it did not",
     },
 ];

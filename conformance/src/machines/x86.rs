@@ -206,6 +206,7 @@ impl<U: Usage> X86<U> {
 const RESERVED_GLOBAL: Leniency = Leniency {
     rule: "bit 8 of a link at levels 4 and 5 is reserved",
     bits: u64::MAX,
+    only: None,
     why: "G of a link is ignored, as by Intel's processors; AMD's fault (APM volume 2, 5.3.3: MBZ)",
 };
 const LENIENCIES: [&[Leniency]; 2] = [
@@ -214,6 +215,7 @@ const LENIENCIES: [&[Leniency]; 2] = [
         Leniency {
             rule: "",
             bits: 1 << 2,
+            only: Some((&[TouchKind::Read, TouchKind::Write, TouchKind::Execute], Class::Denied)),
             why: "a leaf without U/S is denied: this guest is at CPL 3, and a format does not say who asks",
         },
     ],
@@ -269,8 +271,8 @@ impl<U: Usage> Machine for X86<U> {
         LENIENCIES[usize::from(U::NESTED)]
     }
 
-    /// QEMU sets A of a 1 GiB leaf before it looks at rights, and of a smaller one after. (Intel SDM volume 3, "Accessed and Dirty
-    /// Flags": when an entry is used in a translation, whatever comes of that.)
+    /// QEMU sets A of a 1 GiB leaf before it looks at rights, and of a smaller one after. (An entry may be marked that was walked for
+    /// an access that is denied then: Intel SDM volume 3, "Accessed and Dirty Flags".)
     fn marks_denied(&self, level: Level) -> bool {
         level.get() == 3
     }

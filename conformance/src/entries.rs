@@ -7,7 +7,7 @@
 //! in the entry what the format says it leaves. Where they do not, the MMU must fault. Of links every bit but the address's
 //! is turned: where the rules allow it, nothing but rights may be missing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -56,6 +56,8 @@ pub struct Entries {
     pub accesses: u64,
     /// Of these entries, as many the rules refuse.
     pub refused: u64,
+    /// The levels whose entries were looked at, by the architecture's numbers.
+    pub levels: BTreeSet<i8>,
     /// Known leniencies that showed, and how often.
     pub lenient: BTreeMap<&'static str, u64>,
 }
@@ -133,14 +135,14 @@ impl<M: Machine> Looker<'_, M> {
         // The tables above it; what it was mapped with is replaced.
         self.vmm.map(gpa, output, span, Access::RWX)?;
         let slot = self.slot(level, gpa);
+        self.seen.levels.insert(format.level_number(level));
         let mut leaves = leaves(&format, driven.attrs, driven.shape.access(), level, output);
         leaves.shuffle(rng);
-        for valid in leaves.into_iter().take(most) {
-            for turned in std::iter::once(0).chain((0..64).map(|bit| 1 << bit)) {
-                let place = Place { level, slot, gpa: gpa + (data - output) + 0x40, output: data + 0x40 };
-                self.entry(&format, place, valid, valid ^ turned)?;
-            }
-        }
+        let place = Place { level, slot, gpa: gpa + (data - output) + 0x40, output: data + 0x40 };
+        let turns = || std::iter::once(0).chain((0..64).map(|bit| 1 << bit));
+        let entries =
+            leaves.into_iter().take(most).flat_map(|valid| turns().map(move |turned| (valid, valid ^ turned)));
+        self.entries(&format, place, entries)?;
         Ok(self.vmm.zap(gpa, span)?)
     }
 
@@ -157,13 +159,26 @@ impl<M: Machine> Looker<'_, M> {
         };
         let slot = self.slot(level, gpa);
         let kept = |bit: &u64| bit & child.as_u64() == 0;
-        for turned in std::iter::once(0).chain((0..64).map(|bit| 1_u64 << bit).filter(kept)) {
-            let place = Place { level, slot, gpa: gpa + 0x40, output: data + 0x40 };
-            self.entry(&format, place, raw, raw ^ turned)?;
-        }
-        // The engine follows it.
-        self.vmm.ground.memory.word(slot).store(format.memory_of(raw), Ordering::Release);
+        self.seen.levels.insert(format.level_number(level));
+        let place = Place { level, slot, gpa: gpa + 0x40, output: data + 0x40 };
+        let turns = std::iter::once(0).chain((0..64).map(|bit| 1_u64 << bit).filter(kept));
+        self.entries(&format, place, turns.map(|turned| (raw, raw ^ turned)))?;
         Ok(self.vmm.zap(gpa, self.vmm.granule)?)
+    }
+
+    /// Entries in one place, each with the one of which a bit was turned. What the engine had there comes back, whatever is found:
+    /// it follows links.
+    fn entries(
+        &mut self,
+        format: &M::Format,
+        place: Place,
+        mut entries: impl Iterator<Item = (u64, u64)>,
+    ) -> Result<(), EntriesError> {
+        let memory = Arc::clone(&self.vmm.ground.memory);
+        let kept = memory.word(place.slot).load(Ordering::Acquire);
+        let looked = entries.try_for_each(|(valid, raw)| self.entry(format, place, valid, raw));
+        memory.word(place.slot).store(kept, Ordering::Release);
+        looked
     }
 
     /// Where the entry of `gpa` at this level stands.
@@ -274,7 +289,7 @@ impl<M: Machine> Looker<'_, M> {
                     (refused, format!("a fault: {rule}"), *rule)
                 }
                 (Expected::Passes(output), Exit::Fault(fault)) => {
-                    let right = fault.class == Class::Denied && told(fault);
+                    let right = raw != valid && fault.class == Class::Denied && told(fault);
                     (right, format!("{output:#x}, or a fault for rights"), "")
                 }
                 (Expected::Passes(output), _) => (there(*output), format!("{output:#x}"), ""),

@@ -13,7 +13,6 @@ use notifier_core::{Access, Gpa};
 use rand::{Rng, RngExt};
 use serde::Serialize;
 use spte_core::format::{Format, Kind};
-use spte_core::{Flush, FlushRange, FlushRequest, Leaves};
 
 use crate::machine::{Machine, Work};
 use crate::mmu::Mmu;
@@ -74,9 +73,7 @@ pub fn race<M: Machine>(mmu: &Mmu<M>, rounds: u64, rng: &mut impl Rng) -> Result
         let machine = mmu.machine();
         (machine.ground().clone(), machine.driven().shape.granule())
     };
-    let size = (PAGES * granule).next_power_of_two();
-    let fixed = ground.fixed.iter().map(|page| page.gpa).min().unwrap_or(0);
-    let first = if fixed >= 2 * size { (fixed - size) & !(size - 1) } else { fixed + size };
+    let first = ground.beside_fixed(PAGES * granule);
     let half = (ground.data.end - ground.data.start) / 2;
     let copies = |number: u64| [0, half].map(|copy| ground.data.start + copy + number * granule);
     let outputs: Vec<[u64; 2]> = (0..PAGES).map(copies).collect();
@@ -122,9 +119,7 @@ pub fn race<M: Machine>(mmu: &Mmu<M>, rounds: u64, rng: &mut impl Rng) -> Result
     if mismatches != 0 {
         return Err(VmmError::Wrong(format!("a guest read other bytes than it must, {mismatches} times")));
     }
-    let faults = race.vmm.faults;
-    race.facts.faults =
-        faults.absent + faults.absent_stores + faults.old + faults.armed + faults.unmerged + faults.spurious;
+    race.facts.faults = race.vmm.faults.total();
     let facts = race.facts;
     drop(race);
     let machine = mmu.machine();
@@ -156,32 +151,45 @@ impl<M: Machine> Race<M> {
         self.vmm.ground.memory.load(self.output(page) + COUNTER)
     }
 
-    /// What was said to be written since the last harvest, faults and the sink included, against what was.
-    fn harvest(&mut self) -> Result<(), VmmError> {
-        // Read first: what moves after this may be in the next harvest alone.
-        let moved: Vec<u64> = self.pages().into_iter().map(|page| self.counter(page)).collect();
-        let hardware = self.vmm.mmu.machine().driven().shape.hw_dirty();
+    fn counters(&self) -> Vec<u64> {
+        self.pages().into_iter().map(|page| self.counter(page)).collect()
+    }
+
+    /// Takes what is known to be written. What a user knows without hardware's records is what was granted: writing is withheld
+    /// again.
+    fn take(&mut self) -> Result<(), VmmError> {
         let all = self.all()?;
-        if hardware {
+        if self.vmm.mmu.machine().driven().shape.hw_dirty() {
             let rows = self.vmm.table.harvest_dirty(all).map_err(failed("harvest_dirty", self.first))?;
             self.told.extend(rows.iter().map(|row| row.start().as_u64()));
         } else {
-            // What a user knows without hardware's records is what was granted: writing is withheld again.
             self.vmm.table.arm(all).map_err(failed("arm", self.first))?;
         }
         self.listen();
+        Ok(())
+    }
+
+    /// Twice: while the guest writes, and at once again when it is out. What was written after the first has to be in the second,
+    /// so that one update that is lost shows, though the page is written again and again.
+    fn harvest(&mut self) -> Result<(), VmmError> {
+        self.take()?;
+        let (after, early) = (self.counters(), std::mem::take(&mut self.told));
+        let held = self.vmm.mmu.hold()?;
+        let last = self.counters();
+        self.take()?;
         for (number, page) in self.pages().into_iter().enumerate() {
-            if moved[number] != self.harvested[number] {
-                self.facts.moved += 1;
-                if !self.told.contains(&page) {
-                    self.facts.lost_dirty += 1;
-                }
+            if last[number] == self.harvested[number] {
+                continue;
             }
-            self.harvested[number] = self.counter(page);
+            self.facts.moved += 1;
+            let told = self.told.contains(&page) || (last[number] == after[number] && early.contains(&page));
+            self.facts.lost_dirty += u64::from(!told);
         }
-        // What faulted from now on, or was told, belongs to the next.
+        self.harvested = last;
         self.told.clear();
-        self.vmm.stored.clear();
+        if held {
+            self.vmm.mmu.go_on()?;
+        }
         Ok(())
     }
 
@@ -197,9 +205,7 @@ impl<M: Machine> Race<M> {
         let all = self.all()?;
         self.vmm.table.age(all).map_err(failed("age", self.first))?;
         // Ageing owes no flush; hardware that still knows the pages sets nothing.
-        let ranges = [FlushRange { range: all, leaves: Leaves::Any, links: None }];
-        let request = FlushRequest { ranges: &ranges, all: false, nonblocking: false };
-        self.vmm.mmu.flush(&request).map_err(failed("a flush", self.first))?;
+        self.vmm.mmu.forget(all)?;
         self.vmm.passes(1)?;
         for page in self.pages() {
             let Some(found) = self.vmm.table.entry(Gpa::new(page)).filter(|found| found.kind == Kind::Leaf) else {

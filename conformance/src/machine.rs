@@ -225,6 +225,17 @@ pub trait Machine: Sized + Send + 'static {
         true
     }
 
+    /// Whether a page is broken before it is repointed to equal contents, by what the architecture asks for.
+    fn breaks(&self) -> bool {
+        false
+    }
+
+    /// Whether hardware sets accessed and dirty by one access that nothing comes between. Where an emulator does not, it can lose
+    /// what somebody else stores into an entry at that moment: a fact that is lost once is looked for again.
+    fn sets_facts_at_once(&self) -> bool {
+        true
+    }
+
     /// Whether it is cached that nothing is there.
     fn keeps_absent(&self) -> bool {
         false
@@ -294,9 +305,25 @@ pub trait Machine: Sized + Send + 'static {
 }
 
 impl Ground {
+    /// A guest address for so many bytes near the fixed pages, in front of them where there is room: wherever those are, a guest
+    /// reaches it.
+    pub fn beside_fixed(&self, bytes: u64) -> u64 {
+        let size = bytes.next_power_of_two();
+        let fixed = self.fixed.iter().map(|page| page.gpa).min().unwrap_or(0);
+        if fixed >= 2 * size { (fixed - size) & !(size - 1) } else { fixed + size }
+    }
+
     /// The fixed page that a guest may write, where there is one: for the counts of [`Work`].
     pub fn scratch(&self) -> Option<Fixed> {
         self.fixed.iter().copied().find(|page| page.access.contains(Access::W))
+    }
+
+    /// Looks for a value at this offset of each 4 KiB of data, and puts right what has it: where that was.
+    pub fn find(&self, offset: u64, value: u64) -> Option<u64> {
+        let mut words = self.data.clone().step_by(0x1000).map(|page| page + offset);
+        let found = words.find(|word| self.memory.load(*word) == value)?;
+        self.memory.store(found, found);
+        Some(found)
     }
 
     /// Fills [`Ground::data`], as [`machine`](self) says.

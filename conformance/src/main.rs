@@ -73,8 +73,9 @@ fn run(cli: &Cli) -> io::Result<ExitCode> {
     };
     let asked = |name: &str| cli.machine.is_empty() || cli.machine.iter().any(|asked| means(asked, name));
     candidates.retain(|candidate| asked(&candidate.name));
-    if candidates.is_empty() {
-        eprintln!("error: no machine is called {}; --list names them", cli.machine.join(" or "));
+    let unknown = |asked: &&String| !names.iter().any(|name| means(asked, name));
+    if let Some(unknown) = cli.machine.iter().find(unknown) {
+        eprintln!("error: no machine is called {unknown}; --list names them");
         return Ok(ExitCode::from(2));
     }
     if cli.list {

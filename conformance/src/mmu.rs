@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use notifier_core::{Access, AddrRange, Gpa, OutputAddr, Walker};
+use notifier_core::{Access, AddrRange, Gpa, GpaRange, OutputAddr, Walker};
 use spte_core::format::{Format, Kind, Touch};
-use spte_core::{Flush, FlushError, FlushRequest, Found, PageSource, Table};
+use spte_core::{Flush, FlushError, FlushRange, FlushRequest, Found, Leaves, PageSource, Table};
 use spte_drive::{Hardware, Refusal, Software, Trouble};
 use spte_model::TouchKind;
 use thiserror::Error;
@@ -58,14 +58,12 @@ pub enum Odd {
         value: u64,
     },
     /// A store did not go where the table leads.
-    #[error("a store to {at:#x} left {found:#x} at {output:#x}, where the table leads")]
+    #[error("a store to {at:#x} went to {went:x?}, which is not where the table leads")]
     Store {
-        /// Where it went.
+        /// The guest address.
         at: u64,
-        /// Where the table leads.
-        output: u64,
-        /// What is there.
-        found: u64,
+        /// The output address in the data where it was found.
+        went: Option<u64>,
     },
     /// An access went somewhere although no leaf is there.
     #[error("{kind:?} of {at:#x} reached {output:#x}; the entry is {entry}")]
@@ -92,6 +90,8 @@ pub enum Odd {
 pub struct Counts {
     /// Accesses of guests.
     pub accesses: AtomicU64,
+    /// Of these, those that reached data.
+    pub reached: AtomicU64,
     /// Faults whose class, address, level and kind were compared.
     pub faults: AtomicU64,
     /// Faults on rights, or leaves, that were there already, in entries that were cached before.
@@ -310,6 +310,15 @@ impl<M: Machine> Mmu<M> {
         }
     }
 
+    /// Has hardware forget a range for which no format owes a flush: it is not counted, and never left out.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    pub fn forget(&self, range: GpaRange) -> Result<(), Lost> {
+        let ranges = [FlushRange { range, leaves: Leaves::Any, links: None }];
+        self.flush_at_work(&FlushRequest { ranges: &ranges, all: false, nonblocking: false })
+    }
+
     /// Where an access is made for one at `at`: loads and stores are of words that are no code, fetches of the code.
     pub fn place(at: u64, kind: TouchKind) -> u64 {
         match kind {
@@ -353,14 +362,12 @@ impl<M: Machine> Mmu<M> {
                     TouchKind::Write => {
                         let spec = format.spec(entry.level, entry.raw);
                         let output = spec.output.as_u64() + (place - entry.start.as_u64());
-                        if entry.kind != Kind::Leaf || !ground.data.contains(&output) {
-                            return Err(odd());
+                        let leads = entry.kind == Kind::Leaf && ground.data.contains(&output);
+                        if !leads || ground.memory.load(output) != value {
+                            // Wherever it went in the data, it is put right: what comes next goes by it.
+                            return Err(Odd::Store { at: place, went: ground.find(place & 0xff8, value) });
                         }
-                        let stored = ground.memory.load(output);
                         ground.memory.store(output, output);
-                        if stored != value {
-                            return Err(Odd::Store { at: place, output, found: stored });
-                        }
                         output
                     }
                 };
@@ -368,6 +375,7 @@ impl<M: Machine> Mmu<M> {
                 if !ground.data.contains(&output) || (output ^ place) & 0xfff != 0 {
                     return Err(odd());
                 }
+                Counts::add(&counts.reached);
                 Ok(Ok(output - (output & 0xfff) + (at & 0xfff)))
             }
         }

@@ -16,7 +16,7 @@ use spte_model::TouchKind;
 use crate::emulator::Lost;
 use crate::machine::{Class, Exit, Machine};
 use crate::mmu::{Mmu, Without};
-use crate::sequence::Sequences;
+use crate::sequence::{Sequences, reserved};
 use crate::vmm::{Vmm, VmmError};
 
 /// What is made wrong.
@@ -102,10 +102,11 @@ fn answers<M: Machine>(vmm: &Vmm<M>, pages: &Pages) -> Result<Vec<Result<u64, Cl
 pub fn is_caught<M: Machine>(mmu: &Mmu<M>, plant: Plant) -> Result<Option<bool>, VmmError> {
     let mut vmm = Vmm::new(mmu.clone(), |page| page)?;
     let granule = vmm.granule;
-    let fixed = vmm.ground.fixed.iter().map(|page| page.gpa).max().unwrap_or(0);
-    // In the same table as the fixed pages: nothing else is needed.
-    let pages =
-        Pages { first: fixed + 4 * granule, outputs: [0, 1].map(|page| vmm.ground.data.start + (8 + page) * granule) };
+    // In a table of their own, where that is possible: what is wrong with it leaves the guest its code.
+    let apart = reserved(vmm.table.format(), &vmm.ground);
+    let room = 1 << mmu.machine().driven().shape.gpa_bits();
+    let first = if apart.end + 16 * granule <= room { apart.end } else { apart.start - 16 * granule };
+    let pages = Pages { first, outputs: [0, 1].map(|page| vmm.ground.data.start + (8 + page) * granule) };
     let rights = [Access::RWX, Access::RX];
     for (page, rights) in rights.into_iter().enumerate() {
         vmm.map(pages.first + page as u64 * granule, pages.outputs[page], granule, rights)?;
@@ -216,5 +217,8 @@ pub fn sequences_miss_flushes<M: Machine>(mmu: &Mmu<M>, cases: u64, rng: &mut im
     mmu.leave_out(Without::Flushes);
     let noticed = (1..=cases).find(|_| sequences.diverges(rng));
     mmu.leave_out(Without::Nothing);
+    // What went astray is put right.
+    let machine = mmu.machine();
+    machine.ground().fill(|number| machine.code(number));
     Some(noticed)
 }

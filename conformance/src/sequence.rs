@@ -15,7 +15,6 @@ use std::sync::Arc;
 use notifier_core::{AddrRange, Gpa};
 use rand::{Rng, RngExt};
 use spte_core::format::{Format, Level};
-use spte_core::{Flush, FlushRange, FlushRequest, Leaves};
 use spte_drive::{Disagreement, DriveError, Pair, ScarcePages, Step};
 use spte_model::{Op, PageChoice, Shape, TouchKind};
 use thiserror::Error;
@@ -148,9 +147,8 @@ impl<M: Machine> Sequences<M> {
             let first = pair.model().leaf(start).map_or(start, |(start, _)| start);
             let last = pair.model().leaf(end - 1).map_or(end, |(start, leaf)| start + leaf.size);
             if let Ok(range) = AddrRange::new(Gpa::new(first), Gpa::new(last)) {
-                let ranges = [FlushRange { range, leaves: Leaves::Any, links: None }];
                 // A machine that is lost says so at the next access.
-                let _ = self.mmu.flush(&FlushRequest { ranges: &ranges, all: false, nonblocking: false });
+                let _ = self.mmu.forget(range);
             }
         }
         Ok(Some(step))
@@ -204,7 +202,7 @@ impl<M: Machine> Sequences<M> {
                 let output = start & !(leaf - 1) | gpa & (leaf - 1);
                 if leaf < end - start { output + (out % ((end - start) / leaf)) * leaf } else { output }
             }
-            _ => start + out % (end - start),
+            _ => start + out % (end - start) / self.shape.granule() * self.shape.granule(),
         }
     }
 
@@ -287,10 +285,7 @@ impl<M: Machine> Sequences<M> {
 
     /// Applies operations to an empty table: what is wrong, and the walk to where the last one begins.
     pub fn replay(&self, ops: &[Op]) -> Option<(String, Vec<String>)> {
-        let mut pair = match self.table() {
-            Ok(pair) => pair,
-            Err(error) => return Some((error.to_string(), Vec::new())),
-        };
+        let mut pair = self.table().ok()?;
         for op in ops {
             if let Err(error) = self.step(&mut pair, op) {
                 let table = pair.driver().table();
@@ -305,6 +300,10 @@ impl<M: Machine> Sequences<M> {
 
     /// Leaves out what is not needed, as long as something is still wrong.
     fn shrunk(&self, mut ops: Vec<Op>, why: String) -> Divergence {
+        // A machine that is gone shows nothing any more.
+        if let Err(error) = self.table() {
+            return Divergence { ops, why: format!("{why}; and then {error}"), walk: Vec::new() };
+        }
         let mut found = match self.replay(&ops) {
             Some((why, walk)) => Divergence { ops: ops.clone(), why, walk },
             None => {

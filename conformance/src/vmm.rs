@@ -134,6 +134,13 @@ pub struct Vmm<M: Machine> {
     pub stored: BTreeSet<u64>,
 }
 
+impl Faults {
+    /// All of them.
+    pub const fn total(&self) -> u64 {
+        self.absent + self.absent_stores + self.old + self.armed + self.unmerged + self.spurious
+    }
+}
+
 impl<M: Machine> Vmm<M> {
     /// A table with the fixed pages alone; a fault leads where `resolves` says.
     ///
@@ -340,10 +347,7 @@ impl<M: Machine> Vmm<M> {
         // The pass that is under way is no whole one.
         let (until, since) = (self.counts().0 + more + 1, Instant::now());
         loop {
-            while let Some(fault) = self.mmu.watch()? {
-                self.handle(fault)?;
-                self.mmu.go_on()?;
-            }
+            self.attend()?;
             let (passes, _) = self.counts();
             if passes >= until {
                 return Ok(());

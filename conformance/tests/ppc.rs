@@ -490,7 +490,7 @@ fn leniencies_are_as_they_are_said() {
         }
         taken.extend(with(3, &[11]));
         let mut rules: Vec<&str> = bench.mmu.machine().leniencies().iter().map(|leniency| leniency.rule).collect();
-        rules.retain(|rule| !rule.starts_with("bit") && !rule.contains("physical"));
+        rules.retain(|rule| !rule.is_empty() && !rule.contains("physical"));
         let mut seen = Vec::new();
         for (number, raw, output) in taken {
             let slot = slot(&pair, AT, level(number));

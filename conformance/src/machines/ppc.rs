@@ -16,7 +16,7 @@
 //! QEMU 7.2 sets R and C itself, as the ISA allows, where POWER9 interrupts (and QEMU since 011dd5ecf226, which [`Ppc::start`]
 //! refuses): here the machine is one of the first kind. Both are kept with what is cached: a leaf that is cached sets none again. It
 //! loads the entry, and stores it with R and C as the walk ends: what changes in between, some nanoseconds, is overwritten (one of
-//! 60,000 bits that were set meanwhile). So a check of facts can, rarely, fail for it; none has yet.
+//! 60,000 bits that were set meanwhile). So facts that a guest at work loses are looked for a second time ([`Machine::sets_facts_at_once`]).
 //!
 //! What the guest uses is cached, so that a flush that is missing shows. What cannot:
 //! - links are not cached, so that no invalidation of the page-walk cache is missed (that they are valid forms is seen);
@@ -395,6 +395,14 @@ impl Machine for Ppc {
     /// broken for the moment.
     fn refresh(&mut self, at: u64, _: Level) -> Option<Result<(), Lost>> {
         Some(self.installed(at))
+    }
+
+    fn breaks(&self) -> bool {
+        true
+    }
+
+    fn sets_facts_at_once(&self) -> bool {
+        false
     }
 
     fn installed(&mut self, _: u64) -> Result<(), Lost> {

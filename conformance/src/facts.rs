@@ -53,8 +53,38 @@ impl Facts {
     }
 }
 
+/// What is lost on purpose, to see that it is missed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Lose {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// What was written, once, between two harvests.
+    Dirty,
+    /// What was used since it was aged.
+    Accessed,
+    /// That a page was zapped.
+    Zapped,
+}
+
+impl Lose {
+    /// All that can be lost.
+    pub const ALL: [Self; 3] = [Self::Dirty, Self::Accessed, Self::Zapped];
+
+    /// Whether it shows.
+    pub fn shows(self, facts: &Facts) -> bool {
+        match self {
+            Self::Nothing => !facts.is_clean(),
+            Self::Dirty => facts.lost_dirty > 0,
+            Self::Accessed => facts.lost_accessed > 0,
+            Self::Zapped => facts.resurrected > 0,
+        }
+    }
+}
+
 struct Race<M: Machine> {
     vmm: Vmm<M>,
+    lose: Lose,
     first: u64,
     /// Where each page is now, and its other copy.
     outputs: Arc<Mutex<Vec<[u64; 2]>>>,
@@ -64,11 +94,11 @@ struct Race<M: Machine> {
     facts: Facts,
 }
 
-/// Lets a guest write while `rounds` operations are made.
+/// Lets a guest write while `rounds` operations are made; and loses something on purpose, if asked to.
 ///
 /// # Errors
 /// [`VmmError`], where something is otherwise than it has to be whatever is counted.
-pub fn race<M: Machine>(mmu: &Mmu<M>, rounds: u64, rng: &mut impl Rng) -> Result<Facts, VmmError> {
+pub fn race<M: Machine>(mmu: &Mmu<M>, rounds: u64, lose: Lose, rng: &mut impl Rng) -> Result<Facts, VmmError> {
     let (ground, granule) = {
         let machine = mmu.machine();
         (machine.ground().clone(), machine.driven().shape.granule())
@@ -91,7 +121,7 @@ pub fn race<M: Machine>(mmu: &Mmu<M>, rounds: u64, rng: &mut impl Rng) -> Result
     };
     let vmm = Vmm::new(mmu.clone(), lookup)?;
     let harvested = vec![0; PAGES as usize];
-    let mut race = Race { vmm, first, outputs, harvested, told: BTreeSet::new(), facts: Facts::default() };
+    let mut race = Race { vmm, lose, first, outputs, harvested, told: BTreeSet::new(), facts: Facts::default() };
     for page in race.pages() {
         race.vmm.map(page, race.output(page), granule, Access::RWX)?;
     }
@@ -174,8 +204,15 @@ impl<M: Machine> Race<M> {
     fn harvest(&mut self) -> Result<(), VmmError> {
         self.take()?;
         let (after, early) = (self.counters(), std::mem::take(&mut self.told));
+        if self.lose == Lose::Dirty {
+            self.vmm.passes(1)?;
+        }
         let held = self.vmm.mmu.hold()?;
         let last = self.counters();
+        if self.lose == Lose::Dirty {
+            self.take()?;
+            self.told.clear();
+        }
         self.take()?;
         for (number, page) in self.pages().into_iter().enumerate() {
             if last[number] == self.harvested[number] {
@@ -207,6 +244,9 @@ impl<M: Machine> Race<M> {
         // Ageing owes no flush; hardware that still knows the pages sets nothing.
         self.vmm.mmu.forget(all)?;
         self.vmm.passes(1)?;
+        if self.lose == Lose::Accessed {
+            self.vmm.table.age(all).map_err(failed("age", self.first))?;
+        }
         for page in self.pages() {
             let Some(found) = self.vmm.table.entry(Gpa::new(page)).filter(|found| found.kind == Kind::Leaf) else {
                 continue;
@@ -222,12 +262,19 @@ impl<M: Machine> Race<M> {
     fn zap(&mut self, page: u64) -> Result<(), VmmError> {
         self.vmm.zap(page, self.vmm.granule)?;
         self.facts.zapped += 1;
+        if self.lose == Lose::Zapped {
+            self.vmm.map(page, self.output(page), self.vmm.granule, Access::RWX)?;
+        }
         for _ in 0..100 {
             if self.vmm.table.entry(Gpa::new(page)).is_some_and(|found| found.kind == Kind::Leaf) {
                 self.facts.resurrected += 1;
                 break;
             }
             std::hint::spin_loop();
+        }
+        if self.lose == Lose::Zapped {
+            // The guest waits with a fault, or has not come there yet.
+            self.vmm.zap(page, self.vmm.granule)?;
         }
         self.listen();
         Ok(())

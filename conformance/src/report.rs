@@ -12,7 +12,7 @@ use thiserror::Error;
 use crate::change::{How, Seen, seen};
 use crate::emulator::{Lost, Tools};
 use crate::entries::{Entries, EntriesError, check};
-use crate::facts::{Facts, race};
+use crate::facts::{Facts, Lose, race};
 use crate::machine::Machine;
 use crate::mmu::Mmu;
 use crate::plants::{Plant, is_caught, sequences_miss_flushes};
@@ -139,11 +139,11 @@ fn examine<M: Machine>(machine: M, settings: &Settings, progress: &ProgressBar) 
     let breaks = if mmu.machine().breaks() { change.pages } else { 0 };
     promised(&change, &zap, breaks).into_iter().for_each(&mut wrong);
     progress.set_message(format!("{name}: facts"));
-    let mut facts = race(&mmu, settings.rounds, rng)?;
+    let mut facts = race(&mmu, settings.rounds, Lose::Nothing, rng)?;
     let mut facts_again = 0;
     if !facts.is_clean() && !mmu.machine().sets_facts_at_once() {
         facts_again = 1;
-        facts = race(&mmu, settings.rounds, rng)?;
+        facts = race(&mmu, settings.rounds, Lose::Nothing, rng)?;
     }
     if settings.rounds > 100 && [facts.moved, facts.used, facts.zapped, facts.repointed].contains(&0) {
         wrong(format!("there was nothing to lose: {facts:?}"));
@@ -168,6 +168,14 @@ fn examine<M: Machine>(machine: M, settings: &Settings, progress: &ProgressBar) 
         plants_caught += u64::from(caught);
         if !caught {
             wrong(format!("nothing was noticed of {plant:?}"));
+        }
+    }
+    for lose in Lose::ALL {
+        let caught = lose.shows(&race(&mmu, LOSING, lose, rng)?);
+        plants += 1;
+        plants_caught += u64::from(caught);
+        if !caught {
+            wrong(format!("nothing was noticed of {lose:?} that were lost"));
         }
     }
     if let Some(noticed) = sequences_miss_flushes(&mmu, 200, rng) {
@@ -210,6 +218,9 @@ fn examine<M: Machine>(machine: M, settings: &Settings, progress: &ProgressBar) 
         shown,
     })
 }
+
+/// Operations in which something is lost on purpose.
+const LOSING: u64 = 60;
 
 /// What a guest was promised and did not see.
 fn promised(change: &Seen, zap: &Seen, breaks: u64) -> Vec<String> {

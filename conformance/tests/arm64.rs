@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use conformance::change::{How, PAGES, UNMERGED, seen};
 use conformance::emulator::{Lost, Tools};
 use conformance::entries::check;
-use conformance::facts::race;
+use conformance::facts::{Lose, race};
 use conformance::machine::{Class, Exit, GuestAccess, Machine};
 use conformance::machines::arm64::{Arm64, Variant, variants};
 use conformance::mmu::{Mmu, Without};
@@ -159,8 +159,13 @@ fn single_entries_do_as_the_checker_says() {
 #[test]
 fn no_fact_is_lost_while_a_guest_writes() {
     each(|variant, mmu| {
-        let facts = race(&mmu, 60, &mut seed(7)).unwrap_or_else(|error| panic!("{}: {error}", variant.name));
+        let facts =
+            race(&mmu, 60, Lose::Nothing, &mut seed(7)).unwrap_or_else(|error| panic!("{}: {error}", variant.name));
         assert!(facts.is_clean(), "{}: {facts:?}", variant.name);
+        for lose in Lose::ALL {
+            let facts = race(&mmu, 60, lose, &mut seed(7)).unwrap_or_else(|error| panic!("{}: {error}", variant.name));
+            assert!(lose.shows(&facts), "{} {lose:?}: {facts:?}", variant.name);
+        }
         assert!(
             facts.moved > 0 && facts.used > 0 && facts.repointed > 0 && facts.zapped > 0,
             "{}: {facts:?}",

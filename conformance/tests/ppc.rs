@@ -527,7 +527,7 @@ fn single_entries_do_as_the_format_says() {
 #[test]
 fn no_fact_is_lost_while_a_guest_writes() {
     each(|_, bench| {
-        let facts = facts::race(&bench.mmu, 60, &mut ChaCha8Rng::seed_from_u64(1)).unwrap();
+        let facts = facts::race(&bench.mmu, 60, facts::Lose::Nothing, &mut ChaCha8Rng::seed_from_u64(1)).unwrap();
         assert!(facts.is_clean() && facts.moved > 0, "{} {facts:?}", bench.name);
     });
 }

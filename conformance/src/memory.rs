@@ -139,7 +139,7 @@ impl Memory {
     }
 }
 
-/// What pages that are free have in them: an impossible entry in every format, should hardware still walk there.
+/// What pages that are free have in them, should hardware still walk there: an impossible entry, or a link to where no memory is.
 const FREE: u64 = u64::MAX;
 
 #[derive(Debug)]

@@ -39,7 +39,7 @@ fn start<O: ByteOrder>(variant: Variant) -> Option<Mmu<Mips<O>>> {
 static ALONE: Mutex<()> = Mutex::new(());
 
 macro_rules! each {
-    ($part:expr, $test:ident) => {
+    ($part:expr, $test:ident) => {{
         let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         assert!(
             variants::<BigEndian>().iter().any(|variant| variant.name.contains($part)),
@@ -52,7 +52,7 @@ macro_rules! each {
         for variant in variants::<LittleEndian>().into_iter().filter(|variant| variant.name.contains($part)) {
             start::<LittleEndian>(variant).into_iter().for_each($test);
         }
-    };
+    }};
 }
 
 /// A table, what pages are of it, and how long they are.

@@ -30,6 +30,8 @@ pub type Walked<M> = Pair<<M as Machine>::Format, TablePages, Mmu<M>>;
 pub const OPERATIONS: usize = 32;
 /// Accesses after each.
 const ACCESSES: usize = 8;
+/// The most leaves that one mapping is to make.
+const MOST_LEAVES: u64 = 1 << 6;
 /// Replays that shrinking may take.
 const REPLAYS: usize = 2_000;
 
@@ -167,7 +169,8 @@ impl<M: Machine> Sequences<M> {
             }
             match op {
                 Op::Map { gpa, out, size, .. } => {
-                    let steers = rng.random_bool(0.5);
+                    // Large ones out of step with their outputs would be smallest leaves without number.
+                    let steers = *size > MOST_LEAVES * self.shape.granule() || rng.random_bool(0.5);
                     *out = self.output(*gpa, *out, *size, steers);
                 }
                 Op::Change { out, .. } | Op::ZapChange { out, .. } => *out = self.output(0, *out, 0, false),

@@ -17,17 +17,17 @@ use rand::seq::SliceRandom;
 use serde::Serialize;
 use spte_core::format::{Format, Kind, LeafSpec, Level, Touch};
 use spte_core::raw::HardwareKind;
+use spte_drive::access;
 use spte_model::{MemType, TouchKind};
 use thiserror::Error;
 
 use crate::machine::{Class, Exit, Fault, GuestAccess, Machine};
-use crate::mmu::Mmu;
+use crate::mmu::{Mmu, slot};
 use crate::sequence::reserved;
 use crate::vmm::{Vmm, VmmError};
 
-/// The three ways, with the rights they need.
-const WAYS: [(TouchKind, Access); 3] =
-    [(TouchKind::Read, Access::READ), (TouchKind::Write, Access::WRITE), (TouchKind::Execute, Access::EXECUTE)];
+/// The three ways.
+const WAYS: [TouchKind; 3] = [TouchKind::Read, TouchKind::Write, TouchKind::Execute];
 
 /// Checker and MMU disagree about an entry.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -134,7 +134,7 @@ impl<M: Machine> Looker<'_, M> {
         let output = data & !(span - 1);
         // The tables above it; what it was mapped with is replaced.
         self.vmm.map(gpa, output, span, Access::RWX)?;
-        let slot = self.slot(level, gpa);
+        let slot = slot(&self.vmm.table, level, gpa);
         self.seen.levels.insert(format.level_number(level));
         let mut leaves = leaves(&format, driven.attrs, driven.shape.access(), level, output);
         leaves.shuffle(rng);
@@ -157,7 +157,7 @@ impl<M: Machine> Looker<'_, M> {
         else {
             return Err(VmmError::Wrong(format!("there is no link of level {} above {gpa:#x}", level.get())).into());
         };
-        let slot = self.slot(level, gpa);
+        let slot = slot(&self.vmm.table, level, gpa);
         let kept = |bit: &u64| bit & child.as_u64() == 0;
         self.seen.levels.insert(format.level_number(level));
         let place = Place { level, slot, gpa: gpa + 0x40, output: data + 0x40 };
@@ -179,16 +179,6 @@ impl<M: Machine> Looker<'_, M> {
         let looked = entries.try_for_each(|(valid, raw)| self.entry(format, place, valid, raw));
         memory.word(place.slot).store(kept, Ordering::Release);
         looked
-    }
-
-    /// Where the entry of `gpa` at this level stands.
-    fn slot(&self, level: Level, gpa: u64) -> u64 {
-        let table = self.vmm.table.walk(Gpa::new(gpa)).iter().find_map(|row| match row.kind {
-            Kind::Table(table) if row.level.below() == Some(level) => Some(table),
-            _ => None,
-        });
-        let index = self.vmm.table.format().geometry().index(level, gpa);
-        table.unwrap_or(self.root).as_u64() + 8 * index as u64
     }
 
     /// A guest address for an entry of this level, away from the fixed pages.
@@ -214,7 +204,7 @@ impl<M: Machine> Looker<'_, M> {
         if rules.is_err() || matches!(kind, HardwareKind::Impossible(_)) {
             self.seen.refused += 1;
         }
-        for (way, access) in WAYS {
+        for way in WAYS {
             let at = Mmu::<M>::place(gpa, way);
             memory.word(slot).store(format.memory_of(raw), Ordering::Release);
             machine.begin(self.root).map_err(VmmError::from)?;
@@ -228,7 +218,7 @@ impl<M: Machine> Looker<'_, M> {
                 (HardwareKind::Leaf, Ok(())) => {
                     let raw = raw & !format.claim_bit();
                     let output = format.spec(level, raw).output.as_u64() + (at & (format.geometry().span(level) - 1));
-                    match format.touch(level, raw, access) {
+                    match format.touch(level, raw, access(way.needs())) {
                         Touch::Denied => Expected::Faults(Class::Denied),
                         Touch::AccessFlag if machine.tells_old() => Expected::Faults(Class::Old),
                         Touch::AccessFlag => Expected::Faults(Class::Absent),
@@ -244,8 +234,10 @@ impl<M: Machine> Looker<'_, M> {
             }
             // What is fetched through an entry that should have been refused may be anything.
             if let (Expected::Refused(rule), TouchKind::Execute) = (&expected, way)
-                && machine.leniencies().iter().any(|leniency| leniency.concerns(rule, raw ^ valid))
+                && let Some(leniency) =
+                    machine.leniencies().iter().find(|leniency| leniency.concerns(rule, raw ^ valid))
             {
+                *self.seen.lenient.entry(leniency.why).or_default() += 1;
                 continue;
             }
             self.seen.accesses += 1;
@@ -329,18 +321,23 @@ impl<M: Machine> Looker<'_, M> {
 fn leaves<F: Format>(
     format: &F,
     attrs: fn(MemType) -> Option<F::Attrs>,
-    access: &[spte_model::Access],
+    sets: &[spte_model::Access],
     level: Level,
     output: u64,
 ) -> Vec<u64> {
     let mut leaves = Vec::new();
-    for rights in access {
-        let rights = WAYS.into_iter().filter(|(way, _)| rights.contains(way.needs())).map(|(_, right)| right);
-        let rights: Access = rights.collect();
+    for rights in sets {
         for attrs in MemType::ALL.into_iter().filter_map(attrs) {
             for facts in 0..8 {
                 let (accessed, dirty, armed) = (facts & 1 != 0, facts & 2 != 0, facts & 4 != 0);
-                let spec = LeafSpec { output: OutputAddr::new(output), access: rights, armed, accessed, dirty, attrs };
+                let spec = LeafSpec {
+                    output: OutputAddr::new(output),
+                    access: access(*rights),
+                    armed,
+                    accessed,
+                    dirty,
+                    attrs,
+                };
                 leaves.extend(format.leaf(level, &spec).ok());
             }
         }

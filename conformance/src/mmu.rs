@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use notifier_core::{Access, AddrRange, Gpa, GpaRange, OutputAddr, Walker};
-use spte_core::format::{Format, Kind, Touch};
+use spte_core::format::{Format, Kind, Level, Touch};
 use spte_core::{Flush, FlushError, FlushRange, FlushRequest, Found, Leaves, PageSource, Table};
-use spte_drive::{Hardware, Refusal, Software, Trouble};
+use spte_drive::{Hardware, Refusal, Software, Trouble, access};
 use spte_model::TouchKind;
 use thiserror::Error;
 
@@ -382,6 +382,16 @@ impl<M: Machine> Mmu<M> {
     }
 }
 
+/// The output address of the entry of `at` at this level, which is in the root or behind a link.
+pub fn slot<F: Format, P: PageSource, X: Flush>(table: &Table<F, P, X>, level: Level, at: u64) -> u64 {
+    let rows = table.walk(Gpa::new(at));
+    let above = rows.iter().find_map(|row| match row.kind {
+        Kind::Table(child) if row.level.below() == Some(level) => Some(child),
+        _ => None,
+    });
+    above.unwrap_or(table.root()).as_u64() + 8 * table.format().geometry().index(level, at) as u64
+}
+
 /// An entry, for people.
 pub fn describe<F: Format>(format: &F, found: &Found) -> String {
     let Found { start, span, level, kind, raw, .. } = *found;
@@ -415,7 +425,7 @@ impl<M: Machine> Hardware<M::Format> for Mmu<M> {
     ) -> Result<Result<(OutputAddr, Access), Refusal>, Trouble> {
         let mut machine = self.machine();
         let fixed = machine.ground().fixed.iter();
-        let granule = table.format().geometry().span(spte_core::Level::LEAF);
+        let granule = table.format().geometry().span(Level::LEAF);
         if fixed.map(|page| page.gpa).any(|page| page == at.as_u64() & !(granule - 1)) {
             // Its facts are there before the guest runs, so that running it leaves none.
             drop(machine);
@@ -423,11 +433,7 @@ impl<M: Machine> Hardware<M::Format> for Mmu<M> {
         }
         let format = table.format();
         let Some(entry) = table.entry(at) else { return Software.access(table, walker, at, kind) };
-        let wanted = match kind {
-            TouchKind::Read => Access::READ,
-            TouchKind::Write => Access::WRITE,
-            TouchKind::Execute => Access::EXECUTE,
-        };
+        let wanted = access(kind.needs());
         let touched = (entry.kind == Kind::Leaf).then(|| format.touch(entry.level, entry.raw, wanted));
         let mut answer = self.one(&mut machine, format, &entry, at.as_u64(), kind)?;
         // Fewer rights may be cached than there are now; and where it is cached that nothing is there, a leaf that has come since,

@@ -15,7 +15,7 @@ use spte_model::TouchKind;
 
 use crate::emulator::Lost;
 use crate::machine::{Class, Exit, Machine};
-use crate::mmu::{Mmu, Without};
+use crate::mmu::{Mmu, Without, slot};
 use crate::sequence::{Sequences, reserved};
 use crate::vmm::{Vmm, VmmError};
 
@@ -119,14 +119,7 @@ pub fn is_caught<M: Machine>(mmu: &Mmu<M>, plant: Plant) -> Result<Option<bool>,
     }
     let format = vmm.table.format().clone();
     let rows = vmm.table.walk(Gpa::new(pages.first));
-    let slot = |level: Level, at: u64| {
-        let table = rows.iter().find_map(|row| match row.kind {
-            Kind::Table(table) if row.level.below() == Some(level) => Some(table),
-            _ => None,
-        });
-        let table = table.unwrap_or(vmm.table.root()).as_u64();
-        table + 8 * format.geometry().index(level, at) as u64
-    };
+    let slot = |level: Level, at: u64| slot(&vmm.table, level, at);
     let memory = Arc::clone(&vmm.ground.memory);
     let edited = RefCell::new(Vec::new());
     let edit = |slot: u64, raw: u64| {

@@ -13,6 +13,7 @@ use notifier_core::{
 };
 use spte_core::format::{Format, Kind, Level, Touch};
 use spte_core::{Flush, FlushError, FlushRequest, MapOptions, Table};
+use spte_drive::access as rights;
 use spte_model::TouchKind;
 use thiserror::Error;
 
@@ -169,16 +170,13 @@ impl<M: Machine> Vmm<M> {
         let mut vmm =
             Self { subscription, walker, table, log, space, mmu, ground, granule, resolves, written, faults, stored };
         for Fixed { gpa, output, access } in vmm.ground.fixed.clone() {
-            let rights = [
-                (TouchKind::Read, Access::READ),
-                (TouchKind::Write, Access::WRITE),
-                (TouchKind::Execute, Access::EXECUTE),
-            ];
-            let rights = rights.into_iter().filter(|(kind, _)| access.contains(kind.needs())).map(|(_, right)| right);
-            vmm.map(gpa, output, granule, rights.clone().collect())?;
-            for right in rights {
+            vmm.map(gpa, output, granule, rights(access))?;
+            for kind in [TouchKind::Read, TouchKind::Write, TouchKind::Execute] {
+                if !access.contains(kind.needs()) {
+                    continue;
+                }
                 let scope = vmm.walker.enter();
-                vmm.table.translate(&scope, Gpa::new(gpa), right).map_err(failed("translate", gpa))?;
+                vmm.table.translate(&scope, Gpa::new(gpa), rights(kind.needs())).map_err(failed("translate", gpa))?;
             }
         }
         Ok(vmm)

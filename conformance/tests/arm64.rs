@@ -157,6 +157,18 @@ fn single_entries_do_as_the_checker_says() {
 }
 
 #[test]
+fn every_leniency_that_is_said_shows() {
+    let seen = std::cell::RefCell::new(std::collections::BTreeSet::new());
+    let said = std::cell::RefCell::new(std::collections::BTreeSet::new());
+    each(|variant, mmu| {
+        let entries = check(&mmu, 24, &mut seed(6)).unwrap_or_else(|error| panic!("{}: {error}", variant.name));
+        seen.borrow_mut().extend(entries.lenient.into_keys());
+        said.borrow_mut().extend(mmu.machine().leniencies().iter().map(|leniency| leniency.why));
+    });
+    assert_eq!(seen, said);
+}
+
+#[test]
 fn no_fact_is_lost_while_a_guest_writes() {
     each(|variant, mmu| {
         let facts =

@@ -12,14 +12,14 @@ use conformance::emulator::{Lost, Tools};
 use conformance::machine::{Class, Exit, Fault, GuestAccess, Machine};
 use conformance::machines::ppc::{Ppc, Variant, variants};
 use conformance::memory::Memory;
-use conformance::mmu::{Mmu, Without};
+use conformance::mmu::{self, Mmu, Without};
 use conformance::sequence::{Sequences, Walked};
 use conformance::vmm::Vmm;
 use conformance::{entries, facts};
 use notifier_core::Gpa;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use spte_core::format::{Format, Kind, Level};
+use spte_core::format::Level;
 use spte_drive::Step as Answer;
 use spte_model::{Fault as ModelFault, Op, Outcome, TouchKind};
 use spte_ppc::{BasePage, Ric, Step, Tlbie};
@@ -102,14 +102,7 @@ impl Bench {
 
 /// Where the entry of `level` for `at` lies.
 fn slot(pair: &Walked<Ppc>, at: u64, level: Level) -> u64 {
-    let table = pair.driver().table();
-    let rows = table.walk(Gpa::new(at));
-    let above = rows.iter().find_map(|row| match row.kind {
-        Kind::Table(child) if row.level.below() == Some(level) => Some(child),
-        _ => None,
-    });
-    let base = above.unwrap_or(table.root());
-    base.as_u64() + 8 * table.format().geometry().index(level, at) as u64
+    mmu::slot(pair.driver().table(), level, at)
 }
 
 fn level(number: u8) -> Level {

@@ -2,25 +2,21 @@
 //! EPT, walked by Bochs.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "what goes wrong fails the test")]
 
+mod common;
+
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
+use common::{DATA, KINDS, access, fault, step};
 use conformance::emulator::{Lost, Tools};
-use conformance::machine::{Class, Exit, Fault, GuestAccess, Machine, Work};
+use conformance::machine::{Class, Exit, Machine};
 use conformance::machines::vmx::{Variant, Vmx, variants};
 use conformance::mmu::{Mmu, Without};
 use conformance::sequence::{Sequences, Walked};
-use notifier_core::{Access, Gpa};
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
-use spte_core::format::{Format, Level};
-use spte_drive::Step;
+use notifier_core::Access;
+use spte_core::format::Level;
 use spte_model::{Op, Outcome, TouchKind};
 use spte_x86::AccessedDirty;
-
-const DATA: u64 = 0x200_0000;
-const KINDS: [TouchKind; 3] = [TouchKind::Read, TouchKind::Write, TouchKind::Execute];
 
 /// What is made of a valid entry.
 type Break = fn(u64) -> u64;
@@ -43,24 +39,6 @@ fn each(test: impl Fn(&Variant, &Mmu<Vmx>, &Sequences<Vmx>)) {
             }
             Err(lost) => panic!("{}: {lost}", variant.name),
         }
-    }
-}
-
-fn step(pair: &mut Walked<Vmx>, op: &str) -> Outcome {
-    match pair.step(&op.parse::<Op>().unwrap()) {
-        Ok(Step::Answered(outcome)) => outcome,
-        other => panic!("{op}: {other:?}"),
-    }
-}
-
-fn access(mmu: &Mmu<Vmx>, at: u64, kind: TouchKind) -> Exit {
-    mmu.machine().access(GuestAccess { at: Mmu::<Vmx>::place(at, kind), kind, value: 0x5555 }).unwrap()
-}
-
-fn fault(exit: Exit) -> Fault {
-    match exit {
-        Exit::Fault(fault) => fault,
-        other => panic!("{other:?}"),
     }
 }
 
@@ -288,98 +266,15 @@ fn a_flush_that_is_missing_shows_until_something_faults() {
 
 #[test]
 fn a_flush_reaches_what_is_cached() {
-    each(|_, _, sequences| {
-        let mut pair = sequences.table().unwrap();
-        for (gpa, page) in [("0x40000000", "4k"), ("0x80000000", "2m")] {
-            let size = if page == "4k" { "0x1000" } else { "0x200000" };
-            step(&mut pair, &format!("map {gpa} 0x2000000 {size} rw page={page}"));
-            step(&mut pair, &format!("touch {gpa} w"));
-            step(&mut pair, &format!("protect {gpa} {size} r"));
-            assert_eq!(step(&mut pair, &format!("touch {gpa} w")).to_string(), "fault perm");
-            step(&mut pair, &format!("touch {gpa} r"));
-            step(&mut pair, &format!("unmap {gpa} {size}"));
-            assert_eq!(step(&mut pair, &format!("touch {gpa} r")).to_string(), "fault absent");
-        }
-    });
+    each(|_, _, sequences| common::a_flush_reaches_what_is_cached(sequences));
 }
 
 #[test]
 fn a_guest_at_work_is_kicked_faults_and_goes_on() {
-    each(|variant, mmu, sequences| {
-        let mut pair = sequences.table().unwrap();
-        let (pages, first) = (8, 0x4000_0000);
-        let (memory, scratch) = {
-            let machine = mmu.machine();
-            (machine.ground().memory.clone(), machine.ground().scratch().unwrap())
-        };
-        step(&mut pair, "map 0x40000000 0x2000000 0x8000 rw");
-        for page in 0..pages {
-            memory.store(DATA + 0x1000 * page + Work::OFFSET, first + 0x1000 * page + Work::OFFSET);
-        }
-        let counts = || [0, 8].map(|at| memory.load(scratch.output + at));
-        let wait = |what: &dyn Fn() -> bool| {
-            let since = Instant::now();
-            while !what() {
-                assert!(since.elapsed() < Duration::from_secs(20), "{}: {:?}", variant.name, counts());
-                std::thread::yield_now();
-            }
-        };
-        // What it will leave behind is there already, so that the model need not be told.
-        for page in 0..pages {
-            step(&mut pair, &format!("touch {:#x} w", first + 0x1000 * page + Work::OFFSET + 8));
-        }
-        mmu.run(Work { first, pages, stride: 0x1000, written: 2, counts: scratch.gpa, broadcast: false }).unwrap();
-        wait(&|| counts()[0] > 3);
-        assert_eq!(mmu.watch().unwrap(), None);
-        // A flush takes it out, and it goes on.
-        step(&mut pair, "unmap 0x40003000 0x1000");
-        let mut told = None;
-        while told.is_none() {
-            told = mmu.watch().unwrap();
-        }
-        let told = told.unwrap();
-        let expected = (Class::Absent, Some(first + 0x3000 + Work::OFFSET), Some(TouchKind::Read));
-        assert_eq!((told.class, told.at, told.kind), expected, "{told}");
-        step(&mut pair, "map 0x40003000 0x2003000 0x1000 rw");
-        mmu.go_on().unwrap();
-        let passes = counts()[0];
-        wait(&|| counts()[0] > passes + 3);
-        // What it writes is withheld: it faults with the store, and goes on with it.
-        step(&mut pair, "protect 0x40006000 0x1000 r");
-        let mut told = None;
-        while told.is_none() {
-            told = mmu.watch().unwrap();
-        }
-        let told = told.unwrap();
-        let expected = (Class::Denied, Some(first + 0x6000 + Work::OFFSET + 8), Some(TouchKind::Write));
-        assert_eq!((told.class, told.at, told.kind), expected, "{told}");
-        step(&mut pair, "protect 0x40006000 0x1000 rw");
-        mmu.go_on().unwrap();
-        let passes = counts()[0];
-        wait(&|| counts()[0] > passes + 3);
-        mmu.stop().unwrap();
-        let [passes, mismatches] = counts();
-        assert_eq!(mismatches, 0);
-        let written = memory.load(DATA + 0x6000 + Work::OFFSET + 8);
-        assert!(written == passes || written + 1 == passes, "{written} of {passes} passes");
-        let fact = pair.driver().table().entry(Gpa::new(first + 0x7000)).unwrap();
-        assert!(pair.driver().table().format().is_dirty(fact.level, fact.raw), "{:#x}", fact.raw);
-        let range = DATA..DATA + 0x8000;
-        range.step_by(8).filter(|at| at & 0xfff >= 16).for_each(|at| memory.store(at, at));
-    });
+    each(|_, mmu, sequences| common::a_guest_at_work_is_kicked_faults_and_goes_on(mmu, sequences));
 }
 
 #[test]
 fn random_sequences_do_as_the_model() {
-    each(|variant, mmu, sequences| {
-        let mut rng = ChaCha8Rng::seed_from_u64(5);
-        let since = Instant::now();
-        for case in 0..24 {
-            if let Err(divergence) = sequences.case(&mut rng) {
-                panic!("{}, case {case}:\n{divergence}", variant.name);
-            }
-        }
-        println!("{}: {:?} in {:?}", variant.name, mmu.counts(), since.elapsed());
-        assert!(mmu.counts().faults.load(Ordering::Relaxed) > 0);
-    });
+    each(|_, mmu, sequences| common::random_sequences_do_as_the_model(mmu, sequences));
 }

@@ -26,10 +26,11 @@ use spte_core::format::{EntryError, Format, Level};
 use spte_core::raw::HardwareKind;
 use spte_drive::Driven;
 use spte_model::{Access, MemType, Shape, TouchKind};
-use spte_x86::{Levels, LongMode, LongModeAttrs, LongModeOptions, MemoryType, Pat, Step, Steps};
+use spte_x86::{Levels, LongMode, LongModeAttrs, LongModeOptions, Step, Steps};
 
-use crate::emulator::{Assembler, Lost, Tools, Workshop};
+use crate::emulator::{Lost, Tools, Workshop};
 use crate::machine::{Class, Exit, Fault, Fixed, Ground, GuestAccess, Machine, Work};
+use crate::machines::x86::guest::{ASSEMBLER, attrs, returning};
 use crate::memory::{ByteOrder, Memory, Region};
 
 const RAM_BYTES: u64 = 64 << 20;
@@ -62,9 +63,6 @@ const RIP: u64 = STACK - 0x28;
 const PORT_DONE: u16 = 0x80;
 const PORT_FAULT: u16 = 0x81;
 const PORT_KICKED: u16 = 0x82;
-
-const ASSEMBLER: Assembler =
-    Assembler { prefix: ["as", "ld", "objcopy"], package: "binutils", options: &["--64"], link: &["-melf_x86_64"] };
 
 /// One set-up of the format.
 #[derive(Debug, Clone, Copy)]
@@ -334,19 +332,9 @@ fn segment(selector: u16, kind: u8, long: bool) -> kvm_segment {
     kvm_segment { base: 0, limit: u32::MAX, selector, type_: kind, present: 1, db, s: 1, l, g: 1, ..Default::default() }
 }
 
-fn local(mem: MemType) -> Option<LongModeAttrs> {
-    let memory_type = match mem {
-        MemType::Wb => MemoryType::WriteBack,
-        MemType::Uc => MemoryType::Uncacheable,
-        MemType::Wc => MemoryType::WriteCombining,
-        MemType::Wt => MemoryType::WriteThrough,
-    };
-    Some(LongModeAttrs { selector: Pat::RESET.selector(memory_type)?, ..LongModeAttrs::default() })
-}
-
 /// For the kernel's own pages, which are global where any are.
 fn global(mem: MemType) -> Option<LongModeAttrs> {
-    Some(LongModeAttrs { global: true, user: false, ..local(mem)? })
+    Some(LongModeAttrs { global: true, user: false, ..attrs(mem)? })
 }
 
 impl Machine for KvmGuest {
@@ -363,7 +351,7 @@ impl Machine for KvmGuest {
         let shape = shape.with_bits(bits, physical_bits.into());
         let shape = shape.unwrap_or_else(|error| panic!("{}: {error}", self.variant.name));
         let shape = if pages_1g { shape } else { shape.with_leaves_up_to(2 << 20) };
-        Driven { format: self.format.clone(), shape, attrs: if self.variant.global { global } else { local } }
+        Driven { format: self.format.clone(), shape, attrs: if self.variant.global { global } else { attrs } }
     }
 
     fn ground(&self) -> &Ground {
@@ -371,12 +359,7 @@ impl Machine for KvmGuest {
     }
 
     fn code(&self, number: u16) -> [u8; 16] {
-        // mov $number, %eax; jmp *%rcx.
-        let mut code = [0x90; 16];
-        code[0] = 0xb8;
-        code[1..5].copy_from_slice(&u32::from(number).to_le_bytes());
-        code[5..7].copy_from_slice(&[0xff, 0xe1]);
-        code
+        returning(number)
     }
 
     fn check_hardware(&self, level: Level, raw: u64) -> Result<(), EntryError> {

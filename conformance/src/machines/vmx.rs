@@ -28,8 +28,9 @@ use spte_x86::{
     AccessedDirty, Ept, EptAttrs, EptCapabilities, EptMemoryType, EptOptions, EptPointer, EptViolation, Invept,
 };
 
-use crate::emulator::{Assembler, Emulator, Lost, Tool, Tools, Workshop, run};
+use crate::emulator::{Emulator, Lost, Tool, Tools, Workshop, run};
 use crate::machine::{Class, Exit, Fault, Fixed, Ground, GuestAccess, Leniency, Machine, Work};
+use crate::machines::x86::guest::{ASSEMBLER, IDENTITY_BITS, identity, returning};
 use crate::mailbox::{Mailbox, Results};
 use crate::memory::{ByteOrder, Memory, Region};
 
@@ -47,16 +48,11 @@ const TABLES: u64 = HIGH;
 const DATA: u64 = 0x200_0000;
 /// Where the guest has its pages, one after the other: the code, the scratch page, its tables, the mailbox.
 const FIXED: u64 = 0xff_ffe0_0000;
-/// Bits of guest physical addresses that the guest's tables reach.
-const REACH: u8 = 40;
 /// The offset of the kick word in the code page.
 const KICK: u64 = 0x7f8;
 
 const BOCHS: Tool = Tool { name: "bochs-bin", package: "bochs" };
 const CC: Tool = Tool { name: "cc", package: "gcc" };
-const ASSEMBLER: Assembler =
-    Assembler { prefix: ["as", "ld", "objcopy"], package: "binutils", options: &["--64"], link: &["-melf_x86_64"] };
-
 /// Bochs does not start without a ROM of the graphics card: one of 512 bytes that returns at once, whose sum is 0.
 const VGA_ROM: [u8; 512] = {
     let mut rom = [0; 512];
@@ -189,7 +185,7 @@ impl Vmx {
             Fixed { gpa, output, access }
         });
         let fixed: Vec<Fixed> = fixed.collect();
-        fill_guest_tables(&memory, fixed[3].gpa);
+        identity(&memory, GUEST_TABLES[0], fixed[2].gpa);
         let mut emulator = Emulator::start(command, workshop)?;
         let mut mailbox = Mailbox::new(Arc::clone(&memory), MAILBOX);
         let [capabilities, physical_bits, ..] = mailbox.call(&mut emulator, 6, &[])?;
@@ -200,7 +196,7 @@ impl Vmx {
         let has = [
             ("EPT of four levels", capabilities.contains(EptCapabilities::FOUR_LEVELS)),
             ("INVEPT", capabilities.contains(EptCapabilities::INVEPT)),
-            ("40 address bits", physical_bits >= REACH.into()),
+            ("40 address bits", physical_bits >= IDENTITY_BITS.into()),
         ];
         if let Some((name, _)) = has.iter().find(|(_, has)| !has) {
             return Err(Lost::Needs(format!("this Bochs has no {name}")));
@@ -260,20 +256,6 @@ impl Vmx {
     }
 }
 
-/// The lowest 2^40 addresses to themselves, by pages of 1 GiB. They are young and dirty, so that no walk writes them.
-fn fill_guest_tables(memory: &Memory, first: u64) {
-    // P, R/W, U/S, A; for leaves D and PS too.
-    let (link, leaf) = (0x27, 0xe7);
-    let [root, tables @ ..] = GUEST_TABLES;
-    for (half, &table) in tables.iter().enumerate() {
-        let half = half as u64;
-        memory.store(root + 8 * half, (first + 0x1000 * half) | link);
-        for index in 0..512 {
-            memory.store(table + 8 * index, ((512 * half + index) << 30) | leaf);
-        }
-    }
-}
-
 fn attrs(mem: MemType) -> Option<EptAttrs> {
     let memory_type = match mem {
         MemType::Wb => EptMemoryType::WriteBack,
@@ -293,7 +275,7 @@ impl Machine for Vmx {
 
     fn driven(&self) -> Driven<Ept> {
         let EptOptions { physical_bits, accessed_dirty, execute_only, .. } = *self.format.options();
-        let shape = Shape::ept().with_bits(REACH.into(), physical_bits.into());
+        let shape = Shape::ept().with_bits(IDENTITY_BITS, physical_bits.into());
         let shape = shape.unwrap_or_else(|error| panic!("{}: {error}", self.variant.name));
         let shape = match accessed_dirty {
             AccessedDirty::Enabled => shape,
@@ -310,12 +292,7 @@ impl Machine for Vmx {
     }
 
     fn code(&self, number: u16) -> [u8; 16] {
-        // mov $number, %eax; jmp *%rcx.
-        let mut code = [0x90; 16];
-        code[0] = 0xb8;
-        code[1..5].copy_from_slice(&u32::from(number).to_le_bytes());
-        code[5..7].copy_from_slice(&[0xff, 0xe1]);
-        code
+        returning(number)
     }
 
     fn check_hardware(&self, level: Level, raw: u64) -> Result<(), EntryError> {

@@ -68,7 +68,6 @@ pub struct X86<U: Usage> {
     format: LongModeFormat<U>,
     guest: Guest,
     flush_by_asid: bool,
-    working: bool,
     ground: Ground,
     mailbox: Mailbox,
     emulator: Emulator,
@@ -141,8 +140,7 @@ impl<U: Usage> X86<U> {
             kick: CODE + Guest::KICK,
         };
         let mailbox = Mailbox::new(memory, MAILBOX);
-        let (flush_by_asid, working) = (false, false);
-        Ok(Self { variant, format, guest, flush_by_asid, working, ground, mailbox, emulator })
+        Ok(Self { variant, format, guest, flush_by_asid: false, ground, mailbox, emulator })
     }
 
     /// Where a register of the guest is while it does not run.
@@ -154,12 +152,6 @@ impl<U: Usage> X86<U> {
         let memory = &self.ground.memory;
         memory.store(VMCB + vmcb::RIP, rip);
         registers.into_iter().for_each(|(number, value)| memory.store(Self::register(number), value));
-    }
-
-    fn kept(&self) -> (u64, [(usize, u64); 3]) {
-        let memory = &self.ground.memory;
-        let registers = [gpr::RAX, gpr::RBX, gpr::RDI].map(|number| (number, memory.load(Self::register(number))));
-        (memory.load(VMCB + vmcb::RIP), registers)
     }
 
     fn steps(&mut self, steps: &[(u64, u64)]) -> Result<(), Lost> {
@@ -295,10 +287,8 @@ impl<U: Usage> Machine for X86<U> {
     }
 
     fn access(&mut self, access: GuestAccess) -> Result<Exit, Lost> {
-        let kept = self.working.then(|| self.kept());
         self.set(self.guest.access(access));
         let results = self.mailbox.call(&mut self.emulator, 3, &[])?;
-        kept.into_iter().for_each(|kept| self.set(kept));
         self.exit(&results)
     }
 
@@ -324,7 +314,6 @@ impl<U: Usage> Machine for X86<U> {
     }
 
     fn run(&mut self, work: Work) -> Result<(), Lost> {
-        self.working = true;
         self.set(self.guest.work(work));
         self.mailbox.ask(3, &[]);
         Ok(())

@@ -276,7 +276,8 @@ fn range(start: u64, len: u64) -> Result<GpaRange, DriveError> {
     AddrRange::with_len(Gpa::new(start), len).map_err(failed::<RangeError>("a range", start))
 }
 
-pub(crate) fn access(access: spte_model::Access) -> Access {
+/// The engine's word for the model's rights.
+pub fn access(access: spte_model::Access) -> Access {
     use spte_model::Access as Model;
     let pairs = [(Model::R, Access::READ), (Model::W, Access::WRITE), (Model::X, Access::EXECUTE)];
     pairs.into_iter().filter(|(model, _)| access.contains(*model)).map(|(_, ours)| ours).collect()

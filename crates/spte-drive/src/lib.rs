@@ -33,7 +33,7 @@ mod pages;
 mod pair;
 mod tlb;
 
-pub use driver::{DriveError, Driven, Driver, Wrong};
+pub use driver::{DriveError, Driven, Driver, Wrong, access};
 pub use hardware::{Caches, Hardware, Refusal, Software, Trouble};
 pub use leaf::{operations, plain_leaf};
 pub use machine::{Machine, Seen, Watch, WatchedTable, named, range};

@@ -74,12 +74,22 @@ impl Hypercall {
 
     /// MOV eax, number, and the hypercall.
     pub(crate) fn code(self, number: u16) -> [u8; 16] {
-        let mut code = [0x90; 16];
-        code[0] = 0xb8;
-        code[1..5].copy_from_slice(&u32::from(number).to_le_bytes());
-        code[5..8].copy_from_slice(&self.bytes());
-        code
+        load(number, &self.bytes())
     }
+}
+
+/// MOV eax, number, and a jump to where rcx says: for guests that leave by something longer.
+pub(crate) fn returning(number: u16) -> [u8; 16] {
+    load(number, &[0xff, 0xe1])
+}
+
+/// MOV eax, number, and what follows.
+fn load(number: u16, then: &[u8]) -> [u8; 16] {
+    let mut code = [0x90; 16];
+    code[0] = 0xb8;
+    code[1..5].copy_from_slice(&u32::from(number).to_le_bytes());
+    code[5..5 + then.len()].copy_from_slice(then);
+    code
 }
 
 /// A ROM that boots into a stub at `stub`, whose own paging has so many levels, and EFER.NXE or not.

@@ -69,6 +69,18 @@ pub enum Lost {
     Answer(String),
 }
 
+impl Lost {
+    /// Whether to go on without the machine: nothing is wrong with it, it is not here. With `require` that is so only where
+    /// nothing that could be installed would help.
+    pub fn passes_over(&self, require: bool) -> bool {
+        match self {
+            Self::NotHere(_) => true,
+            Self::Missing(_) | Self::Needs(_) => !require,
+            _ => false,
+        }
+    }
+}
+
 /// Where programs are.
 #[derive(Debug, Clone, Default)]
 pub struct Tools {

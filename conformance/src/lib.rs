@@ -14,6 +14,7 @@
 //! | let hardware write accessed and dirty meanwhile | [`facts`] |
 //! | see `change_pte` from a guest | [`change`], [`vmm`] |
 //! | see that a check can fail | [`plants`] |
+//! | write a test of a machine | [`testing`] |
 //!
 //! The command `conformance` does all of it; [`report`] is what it runs on each machine.
 
@@ -29,4 +30,5 @@ pub mod mmu;
 pub mod plants;
 pub mod report;
 pub mod sequence;
+pub mod testing;
 pub mod vmm;

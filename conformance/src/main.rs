@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use conformance::change::Seen;
-use conformance::emulator::{Lost, Tools};
+use conformance::emulator::Tools;
 use conformance::machines::candidates;
 use conformance::report::{Failure, Report, Settings};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -99,12 +99,8 @@ fn run(cli: &Cli) -> io::Result<ExitCode> {
                 code = code.max(u8::from(report.divergences != 0));
                 reports.push(report);
             }
-            Err(Failure::Lost(lost @ Lost::NotHere(_))) => {
+            Err(Failure::Lost(lost)) if lost.passes_over(cli.require) => {
                 progress.suspend(|| eprintln!("{}: {lost}", candidate.name));
-            }
-            Err(Failure::Lost(lost @ (Lost::Missing(_) | Lost::Needs(_)))) => {
-                progress.suspend(|| eprintln!("{}: {lost}", candidate.name));
-                code = if cli.require { 2 } else { code };
             }
             Err(failure) => {
                 progress.suspend(|| eprintln!("{}: error: {failure}", candidate.name));

@@ -4,37 +4,24 @@
 
 mod common;
 
-use std::sync::{Mutex, PoisonError};
-
 use common::{DATA, KINDS, access, fault, step};
-use conformance::emulator::{Lost, Tools};
 use conformance::machine::{Class, Exit, Machine};
 use conformance::machines::kvm::{KvmGuest, Variant, variants};
 use conformance::mmu::Mmu;
 use conformance::sequence::{Sequences, Walked};
+use conformance::testing;
 use notifier_core::Access;
 use spte_core::FlushRequest;
 use spte_core::format::{Format, Level};
 use spte_model::{Op, Outcome, TouchKind};
 
-/// One at a time: each has a processor of its own to spin on.
-static TURN: Mutex<()> = Mutex::new(());
-
 /// A machine, for each variant that is possible here. Without /dev/kvm there is nothing to test.
 fn each(test: impl Fn(&Variant, &Mmu<KvmGuest>, &Sequences<KvmGuest>)) {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let tools = Tools::new(std::env::var_os("CONFORMANCE_TOOLS").map(Into::into));
+    let _alone = testing::alone();
     for variant in variants() {
-        match KvmGuest::start(&tools, variant) {
-            Ok(machine) => {
-                let mmu = Mmu::new(machine);
-                test(&variant, &mmu, &Sequences::new(mmu.clone()));
-            }
-            Err(lost @ Lost::NotHere(_)) => println!("{} was not tested: {lost}", variant.name),
-            Err(lost @ (Lost::Missing(_) | Lost::Needs(_))) if std::env::var_os("CONFORMANCE_REQUIRE").is_none() => {
-                println!("{} was not tested: {lost}", variant.name);
-            }
-            Err(lost) => panic!("{}: {lost}", variant.name),
+        if let Some(machine) = testing::started(variant.name, KvmGuest::start(&testing::tools(), variant)) {
+            let mmu = Mmu::new(machine);
+            test(&variant, &mmu, &Sequences::new(mmu.clone()));
         }
     }
 }

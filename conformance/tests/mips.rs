@@ -2,15 +2,15 @@
 //! The GPA table of 64-bit MIPS on QEMU's Malta board.
 #![allow(clippy::unwrap_used, reason = "tests fail by panics")]
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use conformance::change::{self, How};
-use conformance::emulator::{Lost, Tools};
 use conformance::machine::{Class, Exit, Fault, GuestAccess, Machine};
 use conformance::machines::mips::{ByteOrder, Mips, Variant, variants};
 use conformance::mmu::{Mmu, Without};
 use conformance::sequence::{Sequences, Walked};
+use conformance::testing;
 use notifier_core::Gpa;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -22,25 +22,14 @@ use spte_model::{Op, Outcome, TouchKind};
 
 /// A machine of this variant, unless programs are missing.
 fn start<O: ByteOrder>(variant: Variant) -> Option<Mmu<Mips<O>>> {
-    let tools = Tools::new(std::env::var_os("CONFORMANCE_TOOLS").map(Into::into));
     let name = variant.name.clone();
-    match Mips::start(&tools, variant) {
-        Ok(machine) => Some(Mmu::new(machine)),
-        Err(missing @ Lost::Missing(_)) if std::env::var_os("CONFORMANCE_REQUIRE").is_none() => {
-            println!("{name} is not tested: {missing}");
-            None
-        }
-        Err(lost) => panic!("{name}: {lost}"),
-    }
+    testing::started(&name, Mips::start(&testing::tools(), variant)).map(Mmu::new)
 }
 
 /// Each variant of both byte orders whose name contains `part`, one after the other.
-/// A processor for the stub and one for the test: no other test of this file runs beside.
-static ALONE: Mutex<()> = Mutex::new(());
-
 macro_rules! each {
     ($part:expr, $test:ident) => {{
-        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = testing::alone();
         assert!(
             variants::<BigEndian>().iter().any(|variant| variant.name.contains($part)),
             "nothing is called {}",

@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Partition-scoped radix trees, walked by QEMU's POWER9.
 //!
-//! CONFORMANCE_TOOLS is a folder in which packages were unpacked. Where a program is missing, or is one that sets no R and C, the
-//! tests say so and pass, unless CONFORMANCE_REQUIRE is set. CONFORMANCE_CASES is the number of random sequences (20).
+//! CONFORMANCE_CASES is the number of random sequences (20).
 
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, PoisonError};
 
 use conformance::change::{self, How};
-use conformance::emulator::{Lost, Tools};
+use conformance::emulator::Lost;
 use conformance::machine::{Class, Exit, Fault, GuestAccess, Machine};
 use conformance::machines::ppc::{Ppc, Variant, variants};
 use conformance::memory::Memory;
 use conformance::mmu::{self, Mmu, Without};
 use conformance::sequence::{Sequences, Walked};
+use conformance::testing;
 use conformance::vmm::Vmm;
 use conformance::{entries, facts};
 use notifier_core::Gpa;
@@ -28,20 +27,12 @@ const WAYS: [TouchKind; 3] = [TouchKind::Read, TouchKind::Write, TouchKind::Exec
 /// A guest address that large leaves can be at, in a unit of its own.
 const AT: u64 = 3 << 40;
 
-/// A processor for the stub and one for the test: no other test of this file runs beside.
-static ALONE: Mutex<()> = Mutex::new(());
-
 /// Runs a test on each variant that there are programs for.
 fn each(test: impl Fn(Variant, &Bench)) {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let tools = Tools::new(std::env::var_os("CONFORMANCE_TOOLS").map(Into::into));
+    let _alone = testing::alone();
     for (name, variant) in variants() {
-        match Ppc::start(&tools, variant) {
-            Ok(machine) => test(variant, &Bench::new(name, machine)),
-            Err(missing @ (Lost::Missing(_) | Lost::Needs(_))) if std::env::var_os("CONFORMANCE_REQUIRE").is_none() => {
-                println!("{name} is left out: {missing}");
-            }
-            Err(lost) => panic!("{name}: {lost}"),
+        if let Some(machine) = testing::started(name, Ppc::start(&testing::tools(), variant)) {
+            test(variant, &Bench::new(name, machine));
         }
     }
 }

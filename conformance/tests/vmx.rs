@@ -5,14 +5,13 @@
 mod common;
 
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, PoisonError};
 
 use common::{DATA, KINDS, access, fault, step};
-use conformance::emulator::{Lost, Tools};
 use conformance::machine::{Class, Exit, Machine};
 use conformance::machines::vmx::{Variant, Vmx, variants};
 use conformance::mmu::{Mmu, Without};
 use conformance::sequence::{Sequences, Walked};
+use conformance::testing;
 use notifier_core::Access;
 use spte_core::format::Level;
 use spte_model::{Op, Outcome, TouchKind};
@@ -21,23 +20,13 @@ use spte_x86::AccessedDirty;
 /// What is made of a valid entry.
 type Break = fn(u64) -> u64;
 
-/// One at a time: each has a processor of its own to spin on.
-static TURN: Mutex<()> = Mutex::new(());
-
 /// A machine, for each variant. Without Bochs there is nothing to test.
 fn each(test: impl Fn(&Variant, &Mmu<Vmx>, &Sequences<Vmx>)) {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let tools = Tools::new(std::env::var_os("CONFORMANCE_TOOLS").map(Into::into));
+    let _alone = testing::alone();
     for variant in variants() {
-        match Vmx::start(&tools, variant) {
-            Ok(machine) => {
-                let mmu = Mmu::new(machine);
-                test(&variant, &mmu, &Sequences::new(mmu.clone()));
-            }
-            Err(missing @ Lost::Missing(_)) if std::env::var_os("CONFORMANCE_REQUIRE").is_none() => {
-                return println!("nothing was tested: {missing}");
-            }
-            Err(lost) => panic!("{}: {lost}", variant.name),
+        if let Some(machine) = testing::started(variant.name, Vmx::start(&testing::tools(), variant)) {
+            let mmu = Mmu::new(machine);
+            test(&variant, &mmu, &Sequences::new(mmu.clone()));
         }
     }
 }

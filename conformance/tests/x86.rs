@@ -1,19 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! NPT and long-mode tables on QEMU.
-//!
-//! `CONFORMANCE_TOOLS` is a folder in which packages were unpacked. Where QEMU or binutils are missing each test says so and
-//! passes, unless `CONFORMANCE_REQUIRE` is set.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, PoisonError};
 
 use conformance::change::{How, PAGES, UNMERGED, seen};
-use conformance::emulator::{Lost, Tools};
 use conformance::machine::{Class, Exit, Fault, GuestAccess, Machine};
 use conformance::machines::x86::X86;
 use conformance::mmu::{Mmu, Without};
 use conformance::sequence::{OPERATIONS, Sequences, Walked, reserved};
+use conformance::testing;
 use notifier_core::Gpa;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -27,20 +23,12 @@ use spte_x86::{Native, Nested, Usage};
 const DATA: u64 = 1 << 30;
 const KINDS: [TouchKind; 3] = [TouchKind::Read, TouchKind::Write, TouchKind::Execute];
 
-/// This program and a stub both spin: with two processors there is room for one machine at a time.
-static ALONE: Mutex<()> = Mutex::new(());
-
 /// One of each depth, or none where a program is missing.
 fn each<U: Usage>(test: impl Fn(&str, Mmu<X86<U>>)) {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let tools = Tools::new(std::env::var_os("CONFORMANCE_TOOLS").map(Into::into));
+    let _alone = testing::alone();
     for variant in X86::<U>::variants() {
-        match X86::start(&tools, variant) {
-            Ok(machine) => test(variant.name, Mmu::new(machine)),
-            Err(lost @ Lost::Missing(_)) if std::env::var_os("CONFORMANCE_REQUIRE").is_none() => {
-                println!("{} is left out: {lost}", variant.name);
-            }
-            Err(lost) => panic!("{}: {lost}", variant.name),
+        if let Some(machine) = testing::started(variant.name, X86::start(&testing::tools(), variant)) {
+            test(variant.name, Mmu::new(machine));
         }
     }
 }

@@ -123,6 +123,7 @@ pub struct Vmx {
 
 /// Bochs, without anything that is asked of it in a home folder.
 fn bochs(tools: &Tools, workshop: &Workshop, memory: &Memory) -> Result<Command, Lost> {
+    let mut command = tools.command(BOCHS)?;
     let rom = workshop.assemble(tools, &ASSEMBLER, "rom", include_str!("../../stubs/vmx_rom.S"), 0xffff_0000)?;
     workshop.write("rom.bin", &rom)?;
     workshop.write("vga.bin", &VGA_ROM)?;
@@ -147,7 +148,6 @@ fn bochs(tools: &Tools, workshop: &Workshop, memory: &Memory) -> Result<Command,
     );
     workshop.write("settings", settings.as_bytes())?;
     workshop.write("commands", b"c\n")?;
-    let mut command = tools.command(BOCHS)?;
     command.env("BXSHARE", tools.file("usr/share/bochs"));
     command.env("LTDL_LIBRARY_PATH", tools.file("usr/lib/x86_64-linux-gnu/bochs/plugins"));
     command.args(["-q", "-f", "settings"]);

@@ -2,7 +2,7 @@
 //! Emulators: where they are, how stubs for them are assembled, and that they end.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read, Seek};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -221,7 +221,10 @@ impl Workshop {
 #[derive(Debug)]
 pub struct Emulator {
     child: Child,
-    workshop: Workshop,
+    /// What it says on standard error.
+    said: fs::File,
+    /// What it reads when it starts.
+    workshop: Option<Workshop>,
 }
 
 impl Emulator {
@@ -232,7 +235,8 @@ impl Emulator {
     pub fn start(mut command: Command, workshop: Workshop) -> Result<Self, Lost> {
         let program = command.get_program().to_string_lossy().into_owned();
         let failed = |source| Lost::Run { program: program.clone(), source };
-        let said = fs::File::create(workshop.file("said")).map_err(failed)?;
+        let said = fs::File::create_new(workshop.file("said")).map_err(failed)?;
+        let heard = fs::File::open(workshop.file("said")).map_err(failed)?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said);
         command.current_dir(workshop.folder.path());
         // SAFETY: between fork and exec there is one system call, and no memory is allocated.
@@ -243,7 +247,12 @@ impl Emulator {
             });
         }
         let child = command.spawn().map_err(failed)?;
-        Ok(Self { child, workshop })
+        Ok(Self { child, said: heard, workshop: Some(workshop) })
+    }
+
+    /// Removes its files: the stub has answered, so that they were read. Whoever kills this program later leaves none behind.
+    pub(crate) fn settle(&mut self) {
+        self.workshop = None;
     }
 
     /// Whether it still runs.
@@ -254,7 +263,9 @@ impl Emulator {
         match self.child.try_wait() {
             Ok(None) => Ok(()),
             _ => {
-                let said = fs::read_to_string(self.workshop.file("said")).unwrap_or_default();
+                let mut said = String::new();
+                // What cannot be read is not told; that it ended is.
+                let _ = (&self.said).rewind().and_then(|()| (&self.said).read_to_string(&mut said));
                 Err(Lost::Ended { said: said.trim().to_owned() })
             }
         }
@@ -266,5 +277,31 @@ impl Drop for Emulator {
         // It may have ended by itself, and then both have nothing to do.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_ended_emulator_said_is_told_though_its_files_are_gone() {
+        let workshop = Workshop::new().unwrap();
+        let folder = workshop.folder.path().to_owned();
+        let mut command = Command::new("sh");
+        command.args(["-c", "read line < line; echo $line >&2"]);
+        rustix::fs::mkfifoat(rustix::fs::CWD, workshop.file("line"), rustix::fs::Mode::RWXU).unwrap();
+        let line = workshop.file("line");
+        let mut emulator = Emulator::start(command, workshop).unwrap();
+        emulator.alive().unwrap();
+        // Opened, so that the name is no longer needed.
+        let mut end = fs::OpenOptions::new().write(true).open(line).unwrap();
+        emulator.settle();
+        assert!(!folder.exists());
+        io::Write::write_all(&mut end, b"no such CPU\n").unwrap();
+        drop(end);
+        emulator.child.wait().unwrap();
+        let ended = emulator.alive().unwrap_err();
+        assert!(matches!(&ended, Lost::Ended { said } if said == "no such CPU"), "{ended:?}");
     }
 }

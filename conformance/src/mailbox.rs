@@ -91,6 +91,7 @@ impl Mailbox {
         loop {
             for _ in 0..2_000 {
                 if let Some(answer) = self.answer() {
+                    emulator.settle();
                     return Ok(answer);
                 }
                 std::hint::spin_loop();

@@ -146,8 +146,7 @@ impl<M: Machine> Sequences<M> {
         }
         let step = pair.step(op)?;
         if let (Op::Age { .. }, Step::Answered(_)) = (op, &step) {
-            let first = pair.model().leaf(start).map_or(start, |(start, _)| start);
-            let last = pair.model().leaf(end - 1).map_or(end, |(start, leaf)| start + leaf.size);
+            let (first, last) = pair.reach(op);
             if let Ok(range) = AddrRange::new(Gpa::new(first), Gpa::new(last)) {
                 // A machine that is lost says so at the next access.
                 let _ = self.mmu.forget(range);
@@ -337,16 +336,6 @@ impl<M: Machine> Sequences<M> {
 
 /// What an operation names: start and end.
 fn extent(op: &Op, granule: u64) -> (u64, u64) {
-    match *op {
-        Op::Map { gpa, size, .. }
-        | Op::Unmap { gpa, size }
-        | Op::Protect { gpa, size, .. }
-        | Op::WriteProtect { gpa, size }
-        | Op::Age { gpa, size }
-        | Op::Dirty { gpa, size }
-        | Op::Split { gpa, size }
-        | Op::Collapse { gpa, size } => (gpa, gpa.saturating_add(size)),
-        Op::Change { gpa, .. } | Op::ZapChange { gpa, .. } => (gpa, gpa.saturating_add(granule)),
-        Op::Touch { gpa, .. } | Op::Walk { gpa } => (gpa, gpa.saturating_add(1)),
-    }
+    let (gpa, size) = op.named(granule);
+    (gpa, gpa.saturating_add(size))
 }

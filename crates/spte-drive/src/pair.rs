@@ -245,20 +245,9 @@ impl<F: Format, P: PageSource, H: Hardware<F>> Pair<F, P, H> {
         Ok(Step::Answered(found))
     }
 
-    /// What an operation can touch: its range, and leaves that lie across its ends, which may be cut.
-    fn reach(&self, op: &Op) -> (u64, u64) {
-        let (gpa, size) = match *op {
-            Op::Map { gpa, size, .. }
-            | Op::Unmap { gpa, size }
-            | Op::Protect { gpa, size, .. }
-            | Op::WriteProtect { gpa, size }
-            | Op::Age { gpa, size }
-            | Op::Dirty { gpa, size }
-            | Op::Split { gpa, size }
-            | Op::Collapse { gpa, size } => (gpa, size),
-            Op::Change { gpa, .. } | Op::ZapChange { gpa, .. } => (gpa, self.model.shape().granule()),
-            Op::Touch { gpa, .. } | Op::Walk { gpa } => (gpa, 1),
-        };
+    /// What an operation can touch, start and end: its range, and leaves that lie across its ends, which may be cut.
+    pub fn reach(&self, op: &Op) -> (u64, u64) {
+        let (gpa, size) = op.named(self.model.shape().granule());
         let end = gpa.saturating_add(size);
         let first = self.model.leaf(gpa).map_or(gpa, |(start, _)| start);
         (first, self.model.leaf(end - 1).map_or(end, |(start, leaf)| start + leaf.size))

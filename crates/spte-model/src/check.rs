@@ -85,20 +85,13 @@ impl Op {
     pub fn check(&self, shape: &Shape) -> Result<(), Reject> {
         let guest = |gpa, size| granules(shape, Quantity::Guest, gpa, size, shape.gpa_bits());
         let output = |out, size| granules(shape, Quantity::Output, out, size, shape.out_bits());
+        let (gpa, size) = self.named(shape.granule());
         match *self {
-            Op::Map { gpa, out, size, .. } => guest(gpa, size).and_then(|()| output(out, size)),
-            Op::Unmap { gpa, size }
-            | Op::Protect { gpa, size, .. }
-            | Op::WriteProtect { gpa, size }
-            | Op::Age { gpa, size }
-            | Op::Dirty { gpa, size }
-            | Op::Split { gpa, size }
-            | Op::Collapse { gpa, size } => guest(gpa, size),
-            Op::Change { gpa, out } | Op::ZapChange { gpa, out } => {
-                let granule = shape.granule();
-                guest(gpa, granule).and_then(|()| output(out, granule))
+            Op::Map { out, .. } | Op::Change { out, .. } | Op::ZapChange { out, .. } => {
+                guest(gpa, size).and_then(|()| output(out, size))
             }
-            Op::Touch { gpa, .. } | Op::Walk { gpa } => within(Quantity::Guest, gpa, 1, shape.gpa_bits()),
+            Op::Touch { .. } | Op::Walk { .. } => within(Quantity::Guest, gpa, size, shape.gpa_bits()),
+            _ => guest(gpa, size),
         }
     }
 }

@@ -182,6 +182,25 @@ pub enum Op {
     Walk { gpa: u64 },
 }
 
+impl Op {
+    /// The guest addresses that it names: the first, and how many bytes. That is one byte for `touch` and `walk`, and a page of
+    /// `granule` bytes for `change` and `zap-change`.
+    pub fn named(&self, granule: u64) -> (u64, u64) {
+        match *self {
+            Op::Map { gpa, size, .. }
+            | Op::Unmap { gpa, size }
+            | Op::Protect { gpa, size, .. }
+            | Op::WriteProtect { gpa, size }
+            | Op::Age { gpa, size }
+            | Op::Dirty { gpa, size }
+            | Op::Split { gpa, size }
+            | Op::Collapse { gpa, size } => (gpa, size),
+            Op::Change { gpa, .. } | Op::ZapChange { gpa, .. } => (gpa, granule),
+            Op::Touch { gpa, .. } | Op::Walk { gpa } => (gpa, 1),
+        }
+    }
+}
+
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {

@@ -111,6 +111,18 @@ impl Memory {
         unsafe { self.host(at).cast::<AtomicU64>().as_ref() }
     }
 
+    /// As many words from an output address on, as their bytes stand.
+    ///
+    /// # Panics
+    /// As [`Memory::word`], and where they are not in one region.
+    pub fn words(&self, at: u64, count: usize) -> &[AtomicU64] {
+        assert!(at.is_multiple_of(8), "{at:#x} is no word");
+        let slice = self.guest.get_slice(GuestAddress(at), 8 * count);
+        let slice = slice.unwrap_or_else(|error| panic!("{count} words at {at:#x}: {error}"));
+        // SAFETY: as in `word`; vm-memory found all of them in one mapping.
+        unsafe { std::slice::from_raw_parts(slice.ptr_guard_mut().as_ptr().cast(), count) }
+    }
+
     /// A number as the machine has it in memory.
     pub fn ordered(&self, value: u64) -> u64 {
         match self.order {
@@ -163,6 +175,11 @@ impl TablePages {
         let free = Mutex::new(Free { next: place.start, pages: BTreeMap::new() });
         Self { memory, place, free }
     }
+
+    /// Fills a page of a table.
+    fn fill(&self, page: u64, layout: TableLayout, fill: u64) {
+        self.memory.words(page, layout.entries()).iter().for_each(|word| word.store(fill, Ordering::Relaxed));
+    }
 }
 
 // SAFETY: pieces of `place` that do not overlap, aligned to their size, whose entries are words of memory that lives as long
@@ -185,15 +202,13 @@ unsafe impl PageSource for TablePages {
             }
         };
         drop(free);
-        (0..layout.entries() as u64)
-            .for_each(|index| self.memory.word(page + 8 * index).store(fill, Ordering::Relaxed));
+        self.fill(page, layout, fill);
         Ok(OutputAddr::new(page))
     }
 
     unsafe fn free(&self, page: OutputAddr, layout: TableLayout) {
         let page = page.as_u64();
-        (0..layout.entries() as u64)
-            .for_each(|index| self.memory.word(page + 8 * index).store(FREE, Ordering::Relaxed));
+        self.fill(page, layout, FREE);
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         free.pages.entry(layout.bytes.max(0x1000)).or_default().push(page);
     }

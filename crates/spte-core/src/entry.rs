@@ -317,15 +317,16 @@ impl Claim<'_> {
     }
 
     /// Puts the leaf `new` where hardware and walkers use it, in place of the link that was claimed, and keeps the claim.
-    /// Only for formats with a claim bit.
-    pub(crate) fn show<F: Format>(&mut self, format: &F, new: u64) {
+    /// Only for formats with a claim bit. Returns the link, with the facts that hardware had left in it late.
+    pub(crate) fn show<F: Format>(&mut self, format: &F, new: u64) -> u64 {
         let Cell { own, mirror, .. } = self.cell;
         let claim = if broken(Twin::CollapseFreesEarly) { 0 } else { format.claim_bit() };
-        own.swap(format.memory_of(new | claim));
+        let mut seen = format.raw_of(own.swap(format.memory_of(new | claim)));
         if let Some(mirror) = mirror {
-            mirror.swap(format.memory_of(new));
+            seen |= format.raw_of(mirror.swap(format.memory_of(new)));
         }
-        self.old = new;
+        let link = core::mem::replace(&mut self.old, new);
+        if format.late_facts() { link | self.cell.late_over(format, link, seen) } else { link }
     }
 
     /// Takes a claimed leaf or link away from hardware, keeping the claim: the break of break-before-make. Returns the

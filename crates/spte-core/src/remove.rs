@@ -325,6 +325,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     /// The bits of `raw` that are facts without a leaf to belong to: hardware wrote them after the leaf was replaced.
     pub(crate) fn late_bits(&self, level: Level, raw: u64) -> u64 {
         let format = &self.format;
+        if !format.late_facts() {
+            return 0;
+        }
         let bare = match format.kind(level, raw) {
             Kind::Absent => format.not_present(level).absent,
             Kind::Dead => format.not_present(level).dead,

@@ -513,7 +513,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let below = node.level;
         let mut leaf = claims.iter().fold(whole, |leaf, part| format.merge_facts(level, leaf, below, part.old));
         // Hardware and walkers use the leaf from here on; a window that comes now waits until its facts are complete.
-        claim.show(format, leaf);
+        let link = claim.show(format, leaf);
+        // What hardware left in the link, for a leaf that it had taken the place of, is a fact of the same pages.
+        leaf = format.merge_facts(level, leaf, level, whole | self.late_bits(level, link));
         for claimed in claims {
             let was = claimed.publish(format, format.not_present(below).dead);
             if !forgets(Twin::CollapseForgetsFacts) {

@@ -148,3 +148,8 @@ pub use subscriber::{
 };
 pub use subscription::{JoinError, LeaveError, Membership, Subscription};
 pub use window::{CloseCause, Holder, Key, OpenError, WindowAddress};
+
+/// The example of the README is a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -90,3 +90,8 @@ pub use mmio::{MmioAccess, MmioEntry, MmioError, MmioGeneration, MmioLayout, Slo
 pub use registers::{Cr3, EptCapabilities, EptPointer, EptViolation, NestedCr3, NestedFault, RegisterError};
 pub use software::{AccessedDirty, WriteState};
 pub use tlb::{Invept, Step, Steps, TlbControl};
+
+/// The example of the README is a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -113,10 +113,8 @@ pub fn check<M: Machine>(mmu: &Mmu<M>, most: usize, rng: &mut impl Rng) -> Resul
     let vmm = Vmm::new(mmu.clone(), |page| page)?;
     let root = vmm.table.root();
     let mut looker = Looker { mmu, vmm, root, seen: Entries::default() };
-    let geometry = looker.vmm.table.format().geometry();
-    let levels = std::iter::successors(Some(Level::LEAF), |level| level.above());
-    let top = geometry.top();
-    for level in levels.take_while(|level| *level <= top) {
+    let levels = looker.vmm.table.format().geometry().levels();
+    for level in levels {
         looker.leaves(level, most, rng)?;
         looker.link(level)?;
     }

@@ -247,7 +247,7 @@ impl Arm64 {
         let reported = matches!(class, Class::Absent | Class::Old) && page != far & !0xfff;
         let at = Some(if reported { page } else { far });
         let syndrome = format!("ESR_EL2 {esr:#x}, FAR_EL2 {far:#x}, HPFAR_EL2 {hpfar:#x}");
-        let level = number.and_then(|number| self.format.level(number));
+        let level = number.and_then(|number| self.format.level_of(number));
         Ok(Exit::Fault(Fault { class, at, blind: 0, level, kind: Some(kind), syndrome }))
     }
 }

@@ -261,7 +261,7 @@ impl<O: ByteOrder> Mips<O> {
         if walking != 0 && code & 0x100 != 0 {
             let (at, level) = match self.variant.walker {
                 true => (bad, None),
-                false => (refilled, self.format.level(walking as u8 + 1)),
+                false => (refilled, self.format.level_of(walking as i8 + 1)),
             };
             return fault(Class::Misconfigured, None, at, level);
         }
@@ -365,11 +365,10 @@ fn described<O: ByteOrder>(format: &GpaTable<O>) -> String {
         let _ = writeln!(text, "\t.equ {name}, {value}");
     }
     text.push_str("\t.macro directories\n");
-    for number in (2..=geometry.top().get()).rev() {
-        if let Some(level) = format.level(number) {
-            let shape = geometry.level(level);
-            let _ = writeln!(text, "\tdirectory {number}, {}, {}", shape.shift, shape.bits);
-        }
+    let directories: Vec<Level> = geometry.levels().skip(1).collect();
+    for level in directories.into_iter().rev() {
+        let shape = geometry.level(level);
+        let _ = writeln!(text, "\tdirectory {}, {}, {}", level.get(), shape.shift, shape.bits);
     }
     text.push_str("\t.endm\n");
     text

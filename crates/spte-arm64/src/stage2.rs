@@ -140,12 +140,6 @@ impl Stage2 {
         if root > table { 1 << (root - table) } else { 1 }
     }
 
-    /// The level with the architecture's `number`, if the table has it.
-    pub fn level(&self, number: i8) -> Option<Level> {
-        let level = Level::new(u8::try_from(4_i8.checked_sub(number)?).ok()?)?;
-        (level <= self.geometry.top()).then_some(level)
-    }
-
     /// The state of a leaf as to writing, `None` where its bits say something impossible.
     pub fn write_state(&self, raw: u64) -> Option<WriteState> {
         let hardware = self.options.accessed_dirty.sets_dirty();

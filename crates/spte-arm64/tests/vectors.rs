@@ -223,7 +223,7 @@ fn addresses_are_cut_into_the_manuals_indices() {
 fn blocks_are_where_the_architecture_has_them() {
     let sizes = |options: Stage2Options| {
         let format = stage2(options);
-        let levels = (-1..=3).rev().filter_map(|number| format.level(number));
+        let levels = (-1..=3).rev().filter_map(|number| format.level_of(number));
         let leaves: Vec<u64> = levels
             .filter(|level| format.geometry().level(*level).leaf)
             .map(|level| format.geometry().span(level))

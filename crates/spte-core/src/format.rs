@@ -137,6 +137,12 @@ impl Geometry {
         self.entries(level) * 8
     }
 
+    /// Its levels, from the smallest pages up to the root's.
+    pub fn levels(&self) -> impl Iterator<Item = Level> + use<> {
+        let top = self.top;
+        core::iter::successors(Some(Level::LEAF), move |level| level.above().filter(|above| *above <= top))
+    }
+
     /// Bits of an address that the table translates.
     #[inline]
     pub const fn address_bits(&self) -> u32 {
@@ -332,6 +338,11 @@ pub trait Format: Send + Sync + 'static {
     /// The architecture's number for `level`.
     fn level_number(&self, level: Level) -> i8 {
         level.get() as i8
+    }
+
+    /// The level that the architecture calls `number`, if the table has it.
+    fn level_of(&self, number: i8) -> Option<Level> {
+        self.geometry().levels().find(|level| self.level_number(*level) == number)
     }
 
     /// The values at `level` of entries that hold nothing. They differ from level to level where walkers follow every entry

@@ -176,11 +176,6 @@ impl<O: ByteOrder> GpaTable<O> {
         &self.sentinels
     }
 
-    /// The level with this number, if the table has it: 1 is the level of pages.
-    pub fn level(&self, number: u8) -> Option<Level> {
-        Level::new(number).filter(|level| *level <= self.geometry.top())
-    }
-
     /// The virtual address of a table, in xkphys: what a link is, and PWBase.
     pub fn pointer(&self, table: OutputAddr) -> u64 {
         self.sentinels.window | table.as_u64()

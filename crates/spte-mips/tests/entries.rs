@@ -122,7 +122,7 @@ fn tables_have_linux_shapes() {
     let shape = |page, width| {
         let format = table(of(page, width));
         let geometry = *format.geometry();
-        let entries = |number| format.level(number).map_or(0, |level| geometry.entries(level));
+        let entries = |number| format.level_of(number).map_or(0, |level| geometry.entries(level));
         (entries(4), entries(3), entries(2), entries(1), geometry.address_bits())
     };
     assert_eq!(shape(PageSize::K4, Width::Standard), (0, 1024, 512, 512, 40));
@@ -143,7 +143,7 @@ fn tables_have_linux_shapes() {
 fn addresses_are_cut_into_linux_indices() {
     let cut = |page, width, address| {
         let format = table(of(page, width));
-        [4, 3, 2, 1].map(|number| format.level(number).map_or(0, |level| format.geometry().index(level, address)))
+        [4, 3, 2, 1].map(|number| format.level_of(number).map_or(0, |level| format.geometry().index(level, address)))
     };
     assert_eq!(cut(PageSize::K4, Width::Standard, 0xff_c020_1fff), [0, 1023, 1, 1]);
     assert_eq!(cut(PageSize::K4, Width::Wide, 0x8080_c060_4000), [257, 3, 3, 4]);

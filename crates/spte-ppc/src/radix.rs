@@ -78,11 +78,6 @@ impl Radix {
         &self.options
     }
 
-    /// The level with this `number` (1 to 4), if the tree has it.
-    pub fn level(&self, number: i8) -> Option<Level> {
-        Level::new(u8::try_from(number).ok()?).filter(|level| *level <= self.geometry.top())
-    }
-
     /// The state of a leaf as to writing, `None` where its bits say something impossible.
     pub fn write_state(&self, raw: u64) -> Option<WriteState> {
         match (raw & UPGRADABLE != 0, raw & WRITE != 0) {

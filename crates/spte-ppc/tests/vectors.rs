@@ -86,7 +86,7 @@ fn there_is_one_shape_of_tree_for_each_base_page() {
         assert_eq!([2, 3].map(|number| geometry.span(level(number))), [2 << 20, 1 << 30]);
         assert_eq!((geometry.address_bits(), geometry.top()), (52, level(4)));
         assert_eq!([1, 2, 3, 4].map(|number| format.level_number(level(number))), [1, 2, 3, 4]);
-        assert_eq!([0, 1, 4, 5].map(|number| format.level(number)), [None, Some(level(1)), Some(level(4)), None]);
+        assert_eq!([0, 1, 4, 5].map(|number| format.level_of(number)), [None, Some(level(1)), Some(level(4)), None]);
     }
 }
 

@@ -61,7 +61,7 @@ fn alike(a: &Explanation, b: &Explanation) -> bool {
 /// What `raw` is at `level`, or at every level where none is given.
 pub fn readings<F: ToolFormat>(format: &F, level: Option<Level>, raw: u64) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
-    for at in format.levels().filter(|at| level.is_none_or(|level| level == *at)) {
+    for at in format.geometry().levels().filter(|at| level.is_none_or(|level| level == *at)) {
         let explanation = format.explain(at, raw);
         let number = format.level_number(at);
         match groups.iter_mut().find(|group| alike(&group.explanation, &explanation)) {
@@ -141,7 +141,8 @@ pub(crate) fn kind(reading: &HardwareKind) -> &'static str {
 
 /// The masks of `level`, or of all levels: from the root down, links before leaves.
 pub fn masks<F: ToolFormat>(format: &F, level: Option<Level>) -> Vec<(i8, Form, u64)> {
-    let mut levels: Vec<Level> = format.levels().filter(|at| level.is_none_or(|level| level == *at)).collect();
+    let mut levels: Vec<Level> =
+        format.geometry().levels().filter(|at| level.is_none_or(|level| level == *at)).collect();
     levels.reverse();
     let forms = |at: Level| {
         [Form::Table, Form::Leaf]

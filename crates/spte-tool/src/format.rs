@@ -103,17 +103,6 @@ pub trait ToolFormat: Format + Clone {
         };
         self.mask(level, form).map_or(raw, |mask| raw & mask)
     }
-
-    /// The level that the architecture calls `number`, where the format has it.
-    fn level_of(&self, number: i8) -> Option<Level> {
-        self.levels().find(|level| self.level_number(*level) == number)
-    }
-
-    /// Its levels, from the smallest pages up.
-    fn levels(&self) -> impl Iterator<Item = Level> + use<Self> {
-        let top = self.geometry().top();
-        std::iter::successors(Some(Level::LEAF), move |level| level.above().filter(|above| *above <= top))
-    }
 }
 
 /// Collects the fields of an entry.

@@ -262,7 +262,7 @@ impl<F: ToolFormat> Machine<F> {
         let (format, stats) = (self.table.format(), self.table.stats());
         let row = |key, value| Row::Count { key, value };
         let mut rows = vec![row(Cow::Borrowed("tables"), stats.tables)];
-        for (level, count) in format.levels().zip(stats.leaves) {
+        for (level, count) in format.geometry().levels().zip(stats.leaves) {
             if format.geometry().level(level).leaf {
                 let size = size_word(format.geometry().span(level));
                 rows.push(row(Cow::Owned(format!("leaves_{size}")), count));
@@ -319,7 +319,7 @@ impl<F: ToolFormat> Machine<F> {
     fn cutting(&mut self, places: u64) -> Result<(), MachineError> {
         let format = self.table.format();
         let geometry = *format.geometry();
-        let tables = format.levels().filter(|level| geometry.level(*level).leaf);
+        let tables = format.geometry().levels().filter(|level| geometry.level(*level).leaf);
         self.room_for(places * tables.map(|level| geometry.entries(level) as u64).sum::<u64>())
     }
 
@@ -366,13 +366,8 @@ impl<F: ToolFormat> Machine<F> {
             return Ok(Answer::RefusedPresent { gpa: start.max(range.gpa) });
         }
         let geometry = *self.table.format().geometry();
-        let sizes: Vec<u64> = self
-            .table
-            .format()
-            .levels()
-            .filter(|level| geometry.level(*level).leaf)
-            .map(|level| geometry.span(level))
-            .collect();
+        let sizes: Vec<u64> =
+            geometry.levels().filter(|level| geometry.level(*level).leaf).map(|level| geometry.span(level)).collect();
         let largest = match page {
             None => self.limits.granule,
             Some(Page::Max) => u64::MAX,

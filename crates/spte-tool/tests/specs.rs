@@ -196,7 +196,7 @@ fn cut(format: &Stage2, level: Level, spec: LeafSpec<Stage2Attrs>) -> LeafSpec<S
 }
 
 fn levels(format: &Stage2, leaves: bool) -> Vec<Level> {
-    let all = (-1_i8..=3).filter_map(|number| format.level(number));
+    let all = (-1_i8..=3).filter_map(|number| format.level_of(number));
     all.filter(|level| if leaves { format.geometry().level(*level).leaf } else { *level > Level::LEAF }).collect()
 }
 

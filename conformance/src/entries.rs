@@ -37,8 +37,8 @@ pub struct Mismatch {
     pub way: TouchKind,
     /// The entry.
     pub raw: u64,
-    /// Its level.
-    pub level: u8,
+    /// Its level, by the architecture's number.
+    pub level: i8,
     /// The entry of which a bit was turned.
     pub valid: u64,
     /// What the format says.
@@ -153,7 +153,11 @@ impl<M: Machine> Looker<'_, M> {
         let rows = self.vmm.table.walk(Gpa::new(gpa));
         let Some((raw, Kind::Table(child))) = rows.iter().find(|row| row.level == level).map(|row| (row.raw, row.kind))
         else {
-            return Err(VmmError::Wrong(format!("there is no link of level {} above {gpa:#x}", level.get())).into());
+            return Err(VmmError::Wrong(format!(
+                "there is no link of level {} above {gpa:#x}",
+                format.level_number(level)
+            ))
+            .into());
         };
         let slot = slot(&self.vmm.table, level, gpa);
         let kept = |bit: &u64| bit & child.as_u64() == 0;
@@ -295,9 +299,8 @@ impl<M: Machine> Looker<'_, M> {
             match machine.leniencies().iter().find(|leniency| leniency.explains(rule, raw ^ valid, way, &exit)) {
                 Some(leniency) => *self.seen.lenient.entry(leniency.why).or_default() += 1,
                 None => {
-                    return Err(
-                        Mismatch { way, raw, level: level.get(), valid, expected: says, found: found(&exit) }.into()
-                    );
+                    let (level, found) = (format.level_number(level), found(&exit));
+                    return Err(Mismatch { way, raw, level, valid, expected: says, found }.into());
                 }
             }
         }

@@ -395,7 +395,7 @@ pub fn slot<F: Format, P: PageSource, X: Flush>(table: &Table<F, P, X>, level: L
 /// An entry, for people.
 pub fn describe<F: Format>(format: &F, found: &Found) -> String {
     let Found { start, span, level, kind, raw, .. } = *found;
-    let place = format!("{raw:#018x}, {kind:?} at {start} of {span:#x} bytes, level {}", level.get());
+    let place = format!("{raw:#018x}, {kind:?} at {start} of {span:#x} bytes, level {}", format.level_number(level));
     if kind == Kind::Leaf { format!("{place}, {:x?}", format.spec(level, raw)) } else { place }
 }
 

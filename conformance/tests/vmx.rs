@@ -6,15 +6,15 @@ mod common;
 
 use std::sync::atomic::Ordering;
 
-use common::{DATA, KINDS, access, fault, step};
+use common::{access, entry, fault, step};
 use conformance::machine::{Class, Exit, Machine};
 use conformance::machines::vmx::{Variant, Vmx, variants};
 use conformance::mmu::{Mmu, Without};
-use conformance::sequence::{Sequences, Walked};
+use conformance::sequence::Sequences;
 use conformance::testing;
 use notifier_core::Access;
 use spte_core::format::Level;
-use spte_model::{Op, Outcome, TouchKind};
+use spte_model::{Op, TouchKind};
 use spte_x86::AccessedDirty;
 
 /// What is made of a valid entry.
@@ -31,26 +31,16 @@ fn each(test: impl Fn(&Variant, &Mmu<Vmx>, &Sequences<Vmx>)) {
     }
 }
 
-/// Where in memory the entry for `gpa` at `level` is.
-fn entry(mmu: &Mmu<Vmx>, pair: &Walked<Vmx>, gpa: u64, level: u8) -> u64 {
-    let machine = mmu.machine();
-    let index = |level: u8| 8 * (gpa >> (3 + 9 * u32::from(level)) & 0x1ff);
-    let root = pair.driver().table().root().as_u64();
-    let table = (level + 1..=4)
-        .rev()
-        .fold(root, |table, level| machine.ground().memory.load(table + index(level)) & 0xf_ffff_ffff_f000);
-    table + index(level)
-}
-
 #[test]
 fn loads_stores_and_fetches_arrive_through_leaves_of_every_size() {
     each(|_, _, sequences| {
-        let mut pair = sequences.table().unwrap();
-        step(&mut pair, "map 0x200000 0x2003000 0x3000 rwx");
-        step(&mut pair, "map 0x40000000 0x2200000 0x400000 rwx page=2m");
-        step(&mut pair, "map 0x8000000000 0 0x40000000 rwx page=1g");
-        step(&mut pair, "map 0xff80000000 0x3fff000 0x1000 rwx");
-        let places: [(u64, u64); 7] = [
+        let maps = [
+            "map 0x200000 0x2003000 0x3000 rwx",
+            "map 0x40000000 0x2200000 0x400000 rwx page=2m",
+            "map 0x8000000000 0 0x40000000 rwx page=1g",
+            "map 0xff80000000 0x3fff000 0x1000 rwx",
+        ];
+        let places = [
             (0x20_0000, 0x200_3000),
             (0x20_2ff8, 0x200_5ff8),
             (0x4000_0000, 0x220_0000),
@@ -59,140 +49,72 @@ fn loads_stores_and_fetches_arrive_through_leaves_of_every_size() {
             (0x80_03ff_fff8, 0x3ff_fff8),
             (0xff_8000_0010, 0x3ff_f010),
         ];
-        for (gpa, out) in places {
-            for kind in KINDS {
-                let touched = step(&mut pair, &Op::Touch { gpa, kind }.to_string());
-                assert_eq!(touched, Outcome::Touched { out }, "{kind:?} of {gpa:#x}");
-            }
-        }
-        pair.compare().unwrap();
+        common::accesses_arrive(sequences, &maps, &places);
     });
 }
 
 #[test]
 fn hardware_marks_what_was_used_and_what_was_written() {
     each(|variant, mmu, sequences| {
-        let mut pair = sequences.table().unwrap();
-        step(&mut pair, "map 0x200000 0x2000000 0x2000 rw");
-        step(&mut pair, "map 0x40000000 0x2000000 0x200000 rw page=2m");
-        let raw = |level, gpa| {
-            let entry = entry(mmu, &pair, gpa, level);
-            mmu.machine().ground().memory.load(entry)
-        };
-        let before = [raw(1, 0x20_0000), raw(1, 0x20_1000), raw(2, 0x4000_0000)];
-        access(mmu, 0x20_0000, TouchKind::Read);
-        access(mmu, 0x20_1000, TouchKind::Write);
-        access(mmu, 0x4000_0000, TouchKind::Write);
-        let after = [raw(1, 0x20_0000), raw(1, 0x20_1000), raw(2, 0x4000_0000)];
         let (accessed, both) = match variant.options.accessed_dirty {
             AccessedDirty::Disabled => (0, 0),
             _ => (1 << 8, 3 << 8),
         };
-        let expected = [before[0] | accessed, before[1] | both, before[2] | both];
-        assert_eq!(after, expected, "{}", variant.name);
-        let memory = mmu.machine().ground().memory.clone();
-        for at in [DATA + 0x10, DATA + 0x1010] {
-            memory.store(at, at);
-        }
+        common::hardware_marks(mmu, sequences, accessed, both);
     });
 }
 
 #[test]
 fn what_is_absent_or_denied_is_reported_as_that() {
     each(|variant, mmu, sequences| {
-        let mut pair = sequences.table().unwrap();
-        let mut rights = vec![Access::RW, Access::RX, Access::READ];
-        if variant.options.execute_only {
-            rights.push(Access::EXECUTE);
-        }
-        let sizes = [("4k", 0x4000_0000, 0x1000), ("2m", 0x8000_0000, 0x20_0000), ("1g", 0x1_0000_0000, 0x4000_0000)];
-        let mut leaves = Vec::new();
-        for (number, &rights) in rights.iter().enumerate() {
-            for (page, gpa, size) in sizes {
-                let (gpa, out) = (gpa + ((number as u64) << 36), DATA & !(size - 1));
-                step(&mut pair, &format!("map {gpa:#x} {out:#x} {size:#x} {rights} page={page}"));
-                leaves.push((gpa + DATA - out, rights));
-            }
-        }
-        for (gpa, rights) in leaves {
-            for kind in KINDS {
-                let needed = [Access::READ, Access::WRITE, Access::EXECUTE][kind as usize];
-                let exit = access(mmu, gpa, kind);
-                if rights.contains(needed) {
-                    assert!(matches!(exit, Exit::Done { .. }), "{kind:?} of {rights}: {exit:?}");
-                    continue;
-                }
-                let fault = fault(exit);
-                let place = Mmu::<Vmx>::place(gpa, kind);
-                assert_eq!((fault.class, fault.at, fault.kind), (Class::Denied, Some(place), Some(kind)), "{fault}");
-            }
-        }
+        let rights = [Access::RW, Access::RX, Access::READ, Access::EXECUTE];
+        let rights = &rights[..if variant.options.execute_only { 4 } else { 3 }];
+        let sizes = [("4k", 0x1000), ("2m", 0x20_0000), ("1g", 0x4000_0000)];
         // The last address of all, below a table that is there, and below none.
-        for gpa in [0x4000_1000, 0x4020_0000, 0x90_0000_0000, 0xff_ffdf_fff8] {
-            for kind in KINDS {
-                let fault = fault(access(mmu, gpa, kind));
-                let place = Mmu::<Vmx>::place(gpa, kind);
-                assert_eq!((fault.class, fault.at, fault.kind), (Class::Absent, Some(place), Some(kind)), "{fault}");
-            }
-        }
-        let memory = mmu.machine().ground().memory.clone();
-        memory.store(DATA + 0x10, DATA + 0x10);
+        let absent = [0x4000_1000, 0x4020_0000, 0x90_0000_0000, 0xff_ffdf_fff8];
+        common::absent_or_denied(mmu, sequences, rights, &sizes, &absent);
     });
 }
 
 #[test]
 fn an_entry_that_breaks_a_rule_is_a_misconfiguration() {
-    each(|variant, mmu, sequences| {
+    each(|_, mmu, sequences| {
         let mut pair = sequences.table().unwrap();
         step(&mut pair, "map 0x40000000 0x2000000 0x1000 rwx");
         step(&mut pair, "map 0x40200000 0x2000000 0x200000 rwx page=2m");
         step(&mut pair, "map 0x80000000 0 0x40000000 rwx page=1g");
         const RESERVED: u64 = 1 << 40;
-        let broken: [(u64, u8, Break); 14] = [
-            (0x4000_0000, 1, |raw| raw & !1),
-            (0x4000_0000, 1, |raw| raw & !0x38 | 2 << 3),
-            (0x4000_0000, 1, |raw| raw & !0x38 | 3 << 3),
-            (0x4000_0000, 1, |raw| raw | 7 << 3),
-            (0x4000_0000, 1, |raw| raw | RESERVED),
-            (0x4000_0000, 2, |raw| raw | 1 << 3),
-            (0x4000_0000, 2, |raw| raw | 1 << 6),
-            (0x4000_0000, 3, |raw| raw | 1 << 5),
-            (0x4000_0000, 4, |raw| raw | 1 << 7),
-            (0x4000_0000, 4, |raw| raw | RESERVED),
-            (0x4020_0000, 2, |raw| raw | 1 << 13),
-            (0x4020_0000, 2, |raw| raw & !1),
-            (0x8200_0000, 3, |raw| raw | 1 << 29),
-            (0x8200_0000, 3, |raw| raw | 7 << 3),
+        let broken: [((u64, u8), Break); 14] = [
+            ((0x4000_0000, 1), |raw| raw & !1),
+            ((0x4000_0000, 1), |raw| raw & !0x38 | 2 << 3),
+            ((0x4000_0000, 1), |raw| raw & !0x38 | 3 << 3),
+            ((0x4000_0000, 1), |raw| raw | 7 << 3),
+            ((0x4000_0000, 1), |raw| raw | RESERVED),
+            ((0x4000_0000, 2), |raw| raw | 1 << 3),
+            ((0x4000_0000, 2), |raw| raw | 1 << 6),
+            ((0x4000_0000, 3), |raw| raw | 1 << 5),
+            ((0x4000_0000, 4), |raw| raw | 1 << 7),
+            ((0x4000_0000, 4), |raw| raw | RESERVED),
+            ((0x4020_0000, 2), |raw| raw | 1 << 13),
+            ((0x4020_0000, 2), |raw| raw & !1),
+            ((0x8200_0000, 3), |raw| raw | 1 << 29),
+            ((0x8200_0000, 3), |raw| raw | 7 << 3),
         ];
-        for (gpa, level, broken) in broken {
-            let at = entry(mmu, &pair, gpa, level);
-            let memory = mmu.machine().ground().memory.clone();
-            let raw = memory.load(at);
-            let (level, wrong) = (Level::new(level).unwrap(), broken(raw));
-            assert!(mmu.machine().check_hardware(level, raw).is_ok(), "{raw:#x}");
-            assert!(mmu.machine().check_hardware(level, wrong).is_err(), "{wrong:#x}");
-            for kind in KINDS {
-                memory.store(at, wrong);
-                // Whatever is cached goes with the exit of a fault.
-                fault(access(mmu, 0x90_0000_0000, TouchKind::Read));
-                let exit = access(mmu, gpa, kind);
-                assert!(matches!(exit, Exit::Fault(_)), "{wrong:#x} at level {}: {exit:?}", level.get());
-                let fault = fault(exit);
-                let place = Mmu::<Vmx>::place(gpa, kind);
-                let expected = (Class::Misconfigured, Some(place));
-                assert_eq!((fault.class, fault.at), expected, "{}, {wrong:#x}: {fault}", variant.name);
-                memory.store(at, raw);
-                assert!(matches!(access(mmu, gpa, kind), Exit::Done { .. }), "{raw:#x}");
-            }
+        // Whatever is cached goes with the exit of a fault.
+        let forget = || _ = fault(access(mmu, 0x90_0000_0000, TouchKind::Read));
+        for (place, breaks) in broken {
+            common::misconfigured(mmu, &pair, place, breaks, forget);
         }
-        let memory = mmu.machine().ground().memory.clone();
-        memory.store(DATA + 0x10, DATA + 0x10);
     });
 }
 
 #[test]
 fn bochs_takes_bit_12_of_larger_leaves() {
     each(|_, mmu, sequences| {
+        // Another version may have mended it.
+        if !testing::required() {
+            return;
+        }
         let mut pair = sequences.table().unwrap();
         step(&mut pair, "map 0x40200000 0x2000000 0x200000 rwx page=2m");
         let at = entry(mmu, &pair, 0x4020_0000, 2);

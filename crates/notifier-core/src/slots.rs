@@ -29,7 +29,8 @@ bitflags::bitflags! {
     /// What may be done with a slot's memory.
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
     pub struct SlotFlags: u32 {
-        /// Writes are tracked per page: leaves are of the smallest size (Linux: `KVM_MEM_LOG_DIRTY_PAGES`).
+        /// For tracking writes page by page: leaves are of the smallest size (Linux: `KVM_MEM_LOG_DIRTY_PAGES`). What tracks them is
+        /// the dirty fact of a table that hardware marks, or a table that maps without writing.
         const LOG_DIRTY = 1;
         /// No subscriber may grant writing (Linux: `KVM_MEM_READONLY`).
         const READ_ONLY = 2;
@@ -155,6 +156,12 @@ impl Slot {
         self.retired.store(true, Ordering::Release);
     }
 
+    /// The guest bytes that both have at one host address (or both at none).
+    pub(crate) fn in_common(&self, other: &Self) -> Option<GpaRange> {
+        let part = self.spec.guest.intersection(&other.spec.guest)?;
+        (self.host_of(part) == other.host_of(part)).then_some(part)
+    }
+
     /// The host bytes of a guest range inside this slot.
     pub(crate) fn host_of(&self, guest: GpaRange) -> Option<HvaRange> {
         let offset = guest.start().as_u64() - self.spec.guest.start().as_u64();
@@ -227,6 +234,12 @@ impl SlotMap {
     pub(crate) fn insert(&mut self, slot: Arc<Slot>) {
         let at = self.slots.partition_point(|other| other.guest().start() < slot.guest().start());
         self.slots.insert(at, slot);
+    }
+
+    /// What is populated of a slot.
+    pub(crate) fn populated(&self, slot: &Slot) -> Vec<Stretch> {
+        let parts = self.holes.missing_from(slot.guest());
+        parts.into_iter().map(|part| Stretch { guest: Some(part), host: slot.host_of(part) }).collect()
     }
 
     /// What slots have of `range` is not populated.

@@ -42,12 +42,7 @@ impl Registry {
     /// Every populated stretch of the slots that serve faults.
     pub(crate) fn populated(&self) -> Vec<Stretch> {
         let serving = self.walked.iter().filter(|slot| !slot.is_retired());
-        serving
-            .flat_map(|slot| {
-                let parts = self.walked.holes.missing_from(slot.guest());
-                parts.into_iter().map(|part| Stretch { guest: Some(part), host: slot.host_of(part) })
-            })
-            .collect()
+        serving.flat_map(|slot| self.walked.populated(slot)).collect()
     }
 }
 
@@ -261,12 +256,15 @@ impl Inner {
         {
             let _nobody_relies_on_slots = self.slots_stay.alone();
             let mut registry = self.registry.lock();
+            // What was unplugged of memory that goes on in another slot is unplugged still.
+            let both = old.iter().flat_map(|old| new.iter().filter_map(|new| old.in_common(new)));
+            let kept: Vec<GpaRange> = both.flat_map(|part| registry.walked.holes.within(part)).collect();
             for slot in old {
                 slot.retire();
                 registry.walked.remove(slot.id());
             }
             new.iter().for_each(|slot| registry.walked.insert(Arc::clone(slot)));
-            holes.iter().for_each(|&hole| registry.walked.holes.insert(hole));
+            holes.iter().chain(&kept).for_each(|&hole| registry.walked.holes.insert(hole));
             self.serve(registry.walked.clone());
         }
         Ok(finish_all(windows))
@@ -635,7 +633,24 @@ impl Space {
     }
 
     /// Removes some slots and adds others, in one step: faults see all of it or nothing. Windows may be open over any of
-    /// it, and stay what they are.
+    /// it, and stay what they are. Every table drops what it has of all these slots; a new flag ([`SlotFlags`]) is a slot
+    /// replaced by itself. Bytes that are not populated stay so where a new slot has them at the host address that they had.
+    ///
+    /// A [lease](crate::Lease) on any of it refuses the change. Where devices hold leases most of the time, wait for them in a window of
+    /// one's own, and replace the slots inside it:
+    ///
+    /// ```
+    /// # use notifier_core::{AddrRange, Gpa, Hva, LeasePolicy, SlotFlags, SlotSpec, Space};
+    /// # let space = Space::new();
+    /// # let guest = AddrRange::with_len(Gpa::new(0), 0x10_0000)?;
+    /// # let spec = SlotSpec { guest, host: Some(Hva::new(0x7000_0000)), flags: SlotFlags::empty() };
+    /// # let slot = space.add_slot(spec)?;
+    /// let window = space.window(guest).leases(LeasePolicy::Wait).open_zapped()?;
+    /// let logged = SlotSpec { flags: SlotFlags::LOG_DIRTY, ..spec };
+    /// space.replace_slots(&[slot], &[logged])?;
+    /// window.close()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// See [`SlotError`]; nothing was changed, but for [`SlotError::Close`].
@@ -675,19 +690,16 @@ impl Space {
             return Err(SlotError::Close(cause));
         }
         for slot in &new {
-            let stretch = Stretch { guest: Some(slot.guest()), host: slot.host() };
-            if let Err((id, name, source)) = subscription::populate(inner, stretch) {
+            let mut populated = inner.slots.load().populated(slot).into_iter();
+            if let Err((id, name, source)) = populated.try_for_each(|stretch| subscription::populate(inner, stretch)) {
                 // Nobody keeps what not everybody can have: the slots become what they were.
                 let back: Vec<_> = old.iter().map(|slot| slot.revived()).collect();
                 if let Some(cause) = inner.swap_slots(&new, &back, &holes)? {
                     return Err(SlotError::Close(cause));
                 }
-                for slot in &back {
-                    for guest in inner.slots.load().holes.missing_from(slot.guest()) {
-                        // They had it before.
-                        let stretch = Stretch { guest: Some(guest), host: slot.host_of(guest) };
-                        let _ = subscription::populate(inner, stretch);
-                    }
+                for stretch in back.iter().flat_map(|slot| inner.slots.load().populated(slot)) {
+                    // They had it before.
+                    let _ = subscription::populate(inner, stretch);
                 }
                 return Err(OpenError::Subscriber { key: Key::Guest(slot.guest()), id, name, source }.into());
             }

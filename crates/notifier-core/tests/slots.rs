@@ -276,8 +276,35 @@ fn what_was_discarded_is_served_again_once_it_is_populated() {
     try_fault(&mut walker, &toy, 2 * PAGE, home(0)).unwrap();
     assert!(walker.fault(gpa(3 * PAGE, PAGE)).is_err());
     // A slot that is removed takes its holes along.
-    space.replace_slots(&[space.slots()[0].0], &[spec(0, 8 * PAGE, HOST)]).unwrap();
+    space.remove_slot(space.slots()[0].0).unwrap();
+    space.add_slot(spec(0, 8 * PAGE, HOST)).unwrap();
     drop(walker.fault(gpa(0, 8 * PAGE)).unwrap());
+}
+
+#[test]
+fn what_was_discarded_stays_so_where_its_slot_is_replaced_over_the_same_memory() {
+    let (space, toy, _s) = world(8);
+    let guard = space.zap(gpa(2 * PAGE, 4 * PAGE)).unwrap();
+    guard.discard();
+    guard.close().unwrap();
+    lock(&toy.populated).clear();
+    // Dirty logging is switched on, the slot is cut in two, and the last two pages get other memory.
+    let logged = SlotSpec { flags: SlotFlags::LOG_DIRTY, ..spec(0, 4 * PAGE, HOST) };
+    let slots = [logged, spec(4 * PAGE, PAGE, HOST + 4 * PAGE), spec(5 * PAGE, 3 * PAGE, 0x200_0000)];
+    space.replace_slots(&[space.slots()[0].0], &slots).unwrap();
+    let mut walker = space.walker();
+    let served: Vec<u64> = (0..8).filter(|page| walker.fault(gpa(page * PAGE, PAGE)).is_ok()).collect();
+    assert_eq!(served, [0, 1, 5, 6, 7]);
+    // Who maps ahead is told of what is there.
+    let told: Vec<_> = toy.populated().iter().filter_map(|stretch| stretch.guest).collect();
+    assert_eq!(told, [gpa(0, 2 * PAGE), gpa(5 * PAGE, 3 * PAGE)]);
+    // And where somebody refuses that, the holes are what they were.
+    toy.refuse_populate.store(true, Ordering::SeqCst);
+    let ids: Vec<SlotId> = space.slots().iter().map(|slot| slot.0).collect();
+    space.replace_slots(&ids, &[spec(0, 8 * PAGE, HOST)]).unwrap_err();
+    toy.refuse_populate.store(false, Ordering::SeqCst);
+    let served: Vec<u64> = (0..8).filter(|page| walker.fault(gpa(page * PAGE, PAGE)).is_ok()).collect();
+    assert_eq!(served, [0, 1, 5, 6, 7]);
 }
 
 #[test]

@@ -10,6 +10,9 @@
 //! - Who must know that *nothing* reaches a range (opening a window, `change_pte`) looks at the count after its own walk,
 //!   and if anybody owes anything flushes everything itself ([`Batch::finish_inheriting`]), even if it removed nothing. A
 //!   flush that begins after the walk covers every removal that the walk saw.
+//! - Who says that nothing more than some rights is left in a range (`unmap`, `restrict`, `arm`) looks at the count after its walk
+//!   too, and if anybody else owes anything flushes its own range, whether it took anything away there or not
+//!   ([`Batch::finish_over`]). What others owe elsewhere stays theirs.
 //! - A flush that fails leaves its batch counted, and the pages it unlinked in limbo: the next full flush that succeeds
 //!   settles both. A batch that is leaked stays counted for good.
 //! - In a format that [must flush before it refills](Format::flushes_before_refill), whoever fills an absent entry, or
@@ -26,6 +29,7 @@
 //! without a look at the count.
 
 use alloc::vec::Vec;
+use core::fmt;
 
 use notifier_core::primitive::{AtomicUsize, Mutex, Ordering, Twin, broken};
 use notifier_core::{AddrRange, Gpa, GpaRange, OutputAddr, ScopeWaitError};
@@ -48,6 +52,29 @@ pub enum FlushFailed {
     /// The software walkers' side.
     #[error(transparent)]
     Scopes(#[from] ScopeWaitError),
+}
+
+/// A flush that failed, perhaps while a leaf was taken away to make something else of it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NotFlushed {
+    pub(crate) source: FlushFailed,
+    /// What is untranslated since.
+    pub(crate) absent: Option<GpaRange>,
+}
+
+impl From<FlushFailed> for NotFlushed {
+    fn from(source: FlushFailed) -> Self {
+        Self { source, absent: None }
+    }
+}
+
+/// Says what is untranslated, in a message.
+pub(crate) struct Absent<'a>(pub(crate) &'a Option<GpaRange>);
+
+impl fmt::Display for Absent<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.map_or(Ok(()), |range| write!(f, "; {range} is untranslated now"))
+    }
 }
 
 /// A table that was unlinked and may still be in use.
@@ -244,6 +271,21 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
             return Ok(());
         }
         self.flush(nonblocking)
+    }
+
+    /// Flushes what was collected, and all of `range` if anybody else owes a flush: on return nothing that was removed there
+    /// before the caller's walk ended is in any TLB.
+    pub(crate) fn finish_over(mut self, range: GpaRange) -> Result<(), FlushFailed> {
+        // Acquire: as in `finish_inheriting`.
+        let owed = self.table.owed.open.load(Ordering::Acquire);
+        if owed > usize::from(self.owes) && !broken(Twin::OwedForgotten) {
+            let links = Level::LEAF.above().filter(|level| *level <= self.table.geometry().top());
+            self.ranges.retain(|flush| !range.covers(&flush.range));
+            self.add(range.start().as_u64(), range.len(), Leaves::Any, links);
+        } else if self.settle_nothing() {
+            return Ok(());
+        }
+        self.flush(false)
     }
 
     /// Takes over what failed batches left, where this flush covers it.

@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use notifier_core::{AddrRange, Gpa, GpaRange, primitive::Backoff};
 
 use crate::{
-    batch::{Batch, FlushFailed},
+    batch::{Absent, Batch, FlushFailed, NotFlushed},
     entry::{Cell, View, view},
     flush::{Flush, Leaves},
     format::{Format, Kind},
@@ -23,12 +23,14 @@ pub enum HarvestError {
     Range(#[from] TableRangeError),
     /// The flush failed, and stays owed. These facts were taken from the table and are lost unless the caller keeps
     /// them; they may still be written through TLBs that were not flushed, until a harvest succeeds: copy them after that.
-    #[error("{} leaves harvested, not flushed: {source}", .dirty.len())]
+    #[error("{} leaves harvested, not flushed: {source}{}", .dirty.len(), Absent(absent))]
     Flush {
         /// What was dirty.
         dirty: Vec<GpaRange>,
         /// What failed.
         source: FlushFailed,
+        /// What had to be taken away first, to be split or dissolved, and is untranslated now.
+        absent: Option<GpaRange>,
     },
 }
 
@@ -141,7 +143,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                     // Written somewhere: then each page of the set may be what was written.
                     Some(true) => match self.dissolve(&cell, false) {
                         Ok(()) => continue,
-                        Err(source) => return Err(HarvestError::Flush { dirty, source }),
+                        Err(NotFlushed { source, absent }) => {
+                            return Err(HarvestError::Flush { dirty, source, absent });
+                        }
                     },
                     None => {
                         Backoff::new().snooze();
@@ -167,7 +171,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         // Facts that others took meanwhile, and reported, are no longer in the table; but they may still owe the flush.
         match batch.finish_inheriting(false) {
             Ok(()) => Ok(dirty),
-            Err(source) => Err(HarvestError::Flush { dirty, source }),
+            Err(source) => Err(HarvestError::Flush { dirty, source, absent: None }),
         }
     }
 }

@@ -8,7 +8,7 @@
 use notifier_core::{Access, AddrRange, Admission, Extent, Gpa, GpaRange, OutputAddr, Refused, Retry, SlotFlags};
 
 use crate::{
-    batch::{Batch, FlushFailed},
+    batch::{Absent, Batch, FlushFailed, NotFlushed},
     entry::{Cell, View, view},
     flush::{Flush, Leaves},
     format::{Format, FormatError, LeafSpec, Level},
@@ -183,13 +183,22 @@ pub enum MapError {
         source: FormatError,
     },
     /// A flush failed, and stays owed.
-    #[error("done up to {at}: {source}")]
+    #[error("done up to {at}: {source}{}", Absent(absent))]
     Flush {
         /// Where it stopped.
         at: Gpa,
         /// What failed.
         source: FlushFailed,
+        /// What had to be taken away first, to be split or dissolved, and is untranslated now.
+        absent: Option<GpaRange>,
     },
+}
+
+impl MapError {
+    fn flush(at: Gpa, failed: impl Into<NotFlushed>) -> Self {
+        let NotFlushed { source, absent } = failed.into();
+        Self::Flush { at, source, absent }
+    }
 }
 
 /// What came of [`Table::upgrade`].
@@ -313,7 +322,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                     // A table where a large leaf would fit: an empty one goes, a used one stays and is filled.
                     let mut batch = Batch::new(self);
                     let unlinked = self.unlink(&pin, &cell, raw, page, Unlink::IfEmpty, &mut batch);
-                    batch.finish(false).map_err(|source| MapError::Flush { at, source })?;
+                    batch.finish(false).map_err(|error| MapError::flush(at, error))?;
                     if unlinked != Unlinked::InUse {
                         continue;
                     }
@@ -321,7 +330,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                     let span = AddrRange::with_len(Gpa::new(cell.start), cell.span).unwrap_or(extent.guest);
                     let trimmed = match cell.level.below() {
                         None | Some(Level::LEAF) => 0,
-                        Some(_) => self.trim(span).map_err(|source| MapError::Flush { at, source })?,
+                        Some(_) => self.trim(span).map_err(|error| MapError::flush(at, error))?,
                     };
                     if trimmed == 0 {
                         (lowered, lowered_until) = (cell.level.below().unwrap_or(Level::LEAF), cell.end());
@@ -388,7 +397,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         // (But for a flush, where the format must have one before it refills.)
         if let Err(source) = self.settle_refill(cell) {
             claim.give_back(format);
-            return Err(MapError::Flush { at, source });
+            return Err(MapError::flush(at, source));
         }
         if let Err(refused) = self.admitted(admission, part) {
             claim.give_back(format);
@@ -508,7 +517,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             return Ok(true);
         }
         if self.is_member(cell.level, raw) {
-            self.dissolve(cell, false).map_err(|source| MapError::Flush { at, source })?;
+            self.dissolve(cell, false).map_err(|error| MapError::flush(at, error))?;
             return Ok(false);
         }
         if !cursor.covers(cell) {
@@ -517,7 +526,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 Ok(crate::shape::Split::LookAgain) => Ok(false),
                 Ok(crate::shape::Split::Smallest) => Err(self.outside(admission, admission.range())),
                 Err(CannotSplit::Pages(source)) => Err(MapError::OutOfPages { at, source }),
-                Err(CannotSplit::Flush(source)) => Err(MapError::Flush { at, source }),
+                Err(CannotSplit::Flush(source)) => Err(MapError::flush(at, source)),
             };
         }
         let new = format
@@ -525,7 +534,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             .map_err(|source| MapError::Format { at, source })?;
         let mut batch = Batch::new(self);
         let raised = self.publish_over(admission, cell, raw, new, at, &mut batch)?;
-        batch.finish(false).map_err(|source| MapError::Flush { at, source })?;
+        batch.finish(false).map_err(|error| MapError::flush(at, error))?;
         mapped.raised += u64::from(raised);
         Ok(raised)
     }
@@ -582,7 +591,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             // With the facts that came until now.
             let old = claim.publish(format, format.not_present(cell.level).absent);
             self.report_leaf(cell, old);
-            return Err(MapError::Flush { at, source });
+            return Err(MapError::flush(at, source));
         }
         if let Err(refused) = self.admitted(admission, span) {
             claim.give_back(format);
@@ -627,7 +636,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 continue;
             }
             if self.is_member(cell.level, raw) {
-                self.dissolve(&cell, false).map_err(|source| MapError::Flush { at, source })?;
+                self.dissolve(&cell, false).map_err(|error| MapError::flush(at, error))?;
                 continue;
             }
             if !cursor.covers(&cell) {
@@ -635,7 +644,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                     Ok(crate::shape::Split::LookAgain) => continue,
                     Ok(crate::shape::Split::Smallest) => return Err(self.outside(admission, range)),
                     Err(CannotSplit::Pages(source)) => return Err(MapError::OutOfPages { at, source }),
-                    Err(CannotSplit::Flush(source)) => return Err(MapError::Flush { at, source }),
+                    Err(CannotSplit::Flush(source)) => return Err(MapError::flush(at, source)),
                 }
             }
             if self.publish_over(admission, &cell, raw, new, at, &mut batch)? {
@@ -644,7 +653,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             }
         }
         // One flush for all. (An error on the way flushes what was changed before it.)
-        batch.finish(false).map_err(|source| MapError::Flush { at: range.end(), source })?;
+        batch.finish(false).map_err(|error| MapError::flush(range.end(), error))?;
         Ok(mapped)
     }
 
@@ -727,7 +736,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             // The entry itself is followed by nobody, but a table that is made for it is.
             if let Err(source) = self.settle_refill(&cell) {
                 claim.give_back(format);
-                return Err(MapError::Flush { at: gpa, source });
+                return Err(MapError::flush(gpa, source));
             }
             if let Err(refused) = self.admitted(admission, range) {
                 claim.give_back(format);

@@ -8,7 +8,7 @@
 use notifier_core::{Gpa, GpaRange};
 
 use crate::{
-    batch::{Batch, FlushFailed},
+    batch::{Absent, Batch, FlushFailed, NotFlushed},
     entry::{Cell, View, view},
     flush::{Flush, Leaves},
     format::{Format, FormatError, Kind, Level, WriteProtect},
@@ -49,12 +49,14 @@ pub enum RemoveError {
         source: FormatError,
     },
     /// Everything below `at` is done in the table, but the flush failed: it stays owed.
-    #[error("done up to {at}, not flushed: {source}")]
+    #[error("done up to {at}, not flushed: {source}{}", Absent(absent))]
     Flush {
         /// Where it stopped; the end of the range where only the flush failed.
         at: Gpa,
         /// What failed.
         source: FlushFailed,
+        /// What had to be taken away first, to be split or dissolved, and is untranslated now.
+        absent: Option<GpaRange>,
     },
 }
 
@@ -86,6 +88,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     /// Removes every translation in `range`, and special entries; a leaf that lies only partly in it is split. Tables
     /// that the range covers are unlinked.
     ///
+    /// On return nothing in the range is translated by any cache either, also what was taken away by others whose flush failed,
+    /// or is still under way.
+    ///
     /// # Errors
     /// See [`RemoveError`].
     pub fn unmap(&self, range: GpaRange) -> Result<Removed, RemoveError> {
@@ -96,7 +101,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         Ok(removed)
     }
 
-    /// Takes rights away: every leaf in `range` keeps of its rights those in `access`.
+    /// Takes rights away: every leaf in `range` keeps of its rights those in `access`. On return no cache grants more, whoever took
+    /// it away.
     ///
     /// # Errors
     /// See [`RemoveError`].
@@ -109,7 +115,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     }
 
     /// Arms dirty logging: writing is withheld from every leaf in `range` that grants it, and comes back by
-    /// [`Table::upgrade`].
+    /// [`Table::upgrade`]. On return no cache grants it, whoever withheld it.
     ///
     /// # Errors
     /// See [`RemoveError`].
@@ -119,7 +125,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     }
 
     fn finish_removal(&self, range: GpaRange, batch: Batch<'_, F, P, X>) -> Result<(), RemoveError> {
-        batch.finish(false).map_err(|source| RemoveError::Flush { at: range.end(), source })
+        batch.finish_over(range).map_err(|source| RemoveError::Flush { at: range.end(), source, absent: None })
     }
 
     fn lessen(
@@ -190,7 +196,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         match (self.dissolve(cell, partly == Partly::Whole { nonblocking: true }), partly) {
             // Inside a window: the leaves are gone, and the flush is owed, which whoever opened it inherits.
             (Ok(()), _) | (Err(_), Partly::Whole { .. }) => Ok(()),
-            (Err(source), Partly::Fail) => Err(RemoveError::Flush { at, source }),
+            (Err(NotFlushed { source, absent }), Partly::Fail) => Err(RemoveError::Flush { at, source, absent }),
         }
     }
 
@@ -212,7 +218,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             (Ok(Split::Smallest) | Err(_), Partly::Whole { .. }) => Ok(false),
             (Ok(Split::Smallest), Partly::Fail) => Err(RemoveError::CannotSplit { at }),
             (Err(CannotSplit::Pages(source)), Partly::Fail) => Err(RemoveError::OutOfPages { at, source }),
-            (Err(CannotSplit::Flush(source)), Partly::Fail) => Err(RemoveError::Flush { at, source }),
+            (Err(CannotSplit::Flush(NotFlushed { source, absent })), Partly::Fail) => {
+                Err(RemoveError::Flush { at, source, absent })
+            }
         }
     }
 

@@ -38,7 +38,7 @@ use notifier_core::primitive::{Backoff, Pin, Twin, broken};
 use notifier_core::{AddrRange, Gpa, GpaRange};
 
 use crate::{
-    batch::{Batch, FlushFailed},
+    batch::{Batch, FlushFailed, NotFlushed},
     entry::{Cell, Claim, View, view},
     flush::{Flush, Leaves},
     format::{Format, Level},
@@ -148,7 +148,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     ///
     /// # Errors
     /// The flush failed: the leaves are absent, and their facts reported.
-    pub(crate) fn dissolve(&self, cell: &Cell<'_>, nonblocking: bool) -> Result<(), FlushFailed> {
+    pub(crate) fn dissolve(&self, cell: &Cell<'_>, nonblocking: bool) -> Result<(), NotFlushed> {
         let format = &self.format;
         let pin = self.space.pin();
         let Some(set) = self.set_around(&pin, cell) else {
@@ -163,10 +163,11 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         if claims.is_empty() {
             // Somebody else is at it, or was.
             Backoff::new().snooze();
-            return batch.finish(nonblocking);
+            return batch.finish(nonblocking).map_err(NotFlushed::from);
         }
         batch.add(set.start, set.span, Leaves::Of(set.level()), None);
-        let flushed = batch.finish(nonblocking);
+        let absent = AddrRange::with_len(Gpa::new(set.start), set.span).ok();
+        let flushed = batch.finish(nonblocking).map_err(|source| NotFlushed { source, absent });
         // After the flush, for facts that came until then.
         let Some(facts) = self.facts_of(set.level(), &mut claims) else { return flushed };
         for mut claim in claims {

@@ -19,7 +19,7 @@ use notifier_core::primitive::{Backoff, Pin, Twin, broken as forgets};
 use notifier_core::{AddrRange, Admission, Gpa, GpaRange, OutputAddr, Refused, Retry, SlotFlags};
 
 use crate::{
-    batch::{Batch, FlushFailed, Runs},
+    batch::{Absent, Batch, FlushFailed, NotFlushed, Runs},
     entry::{Cell, Claim, View, view},
     flush::{Flush, Leaves},
     format::{Format, Kind, Level},
@@ -42,13 +42,15 @@ pub enum SplitError {
         /// What failed.
         source: OutOfPages,
     },
-    /// A flush failed (a format that breaks before it makes). Leaves below `at` are split, the one there is gone.
-    #[error("split up to {at}: {source}")]
+    /// A flush failed, and stays owed. Leaves below `at` are split; in a format that breaks before it makes the one there is gone.
+    #[error("split up to {at}: {source}{}", Absent(absent))]
     Flush {
         /// Where splitting stopped.
         at: Gpa,
         /// What failed.
         source: FlushFailed,
+        /// What had to be taken away first, and is untranslated now.
+        absent: Option<GpaRange>,
     },
 }
 
@@ -104,7 +106,13 @@ pub(crate) enum Split {
 #[derive(Debug)]
 pub(crate) enum CannotSplit {
     Pages(OutOfPages),
-    Flush(FlushFailed),
+    Flush(NotFlushed),
+}
+
+impl From<NotFlushed> for CannotSplit {
+    fn from(failed: NotFlushed) -> Self {
+        Self::Flush(failed)
+    }
 }
 
 /// What unlinking a table does with what it finds in it.
@@ -129,14 +137,17 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             if view(&self.format, cell.level, raw) == View::Leaf {
                 let at = Gpa::new(cell.start);
                 if self.is_member(cell.level, raw) {
-                    self.dissolve(&cell, false).map_err(|source| SplitError::Flush { at, source })?;
+                    let dissolved = self.dissolve(&cell, false);
+                    dissolved.map_err(|NotFlushed { source, absent }| SplitError::Flush { at, source, absent })?;
                     continue;
                 }
                 match self.split_cell(&cell, raw, false) {
                     Ok(Split::LookAgain) => continue,
                     Ok(Split::Smallest) => {}
                     Err(CannotSplit::Pages(source)) => return Err(SplitError::OutOfPages { at, source }),
-                    Err(CannotSplit::Flush(source)) => return Err(SplitError::Flush { at, source }),
+                    Err(CannotSplit::Flush(NotFlushed { source, absent })) => {
+                        return Err(SplitError::Flush { at, source, absent });
+                    }
                 }
             }
             cursor.pass(&cell);
@@ -164,7 +175,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 Ok(Split::LookAgain) => {}
                 Ok(Split::Smallest) => return Ok(()),
                 Err(CannotSplit::Pages(source)) => return Err(SplitError::OutOfPages { at, source }),
-                Err(CannotSplit::Flush(source)) => return Err(SplitError::Flush { at, source }),
+                Err(CannotSplit::Flush(NotFlushed { source, absent })) => {
+                    return Err(SplitError::Flush { at, source, absent });
+                }
             }
         }
         Ok(())
@@ -176,7 +189,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let geometry = self.geometry();
         let Some(below) = cell.level.below() else { return Ok(Split::Smallest) };
         if self.is_member(cell.level, raw) {
-            self.dissolve(cell, nonblocking).map_err(CannotSplit::Flush)?;
+            self.dissolve(cell, nonblocking)?;
             return Ok(Split::LookAgain);
         }
         // A format may have levels without leaves in between: then what is split has leaves two levels down. No format has
@@ -206,7 +219,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 batch.add(cell.start, cell.span, Leaves::Of(cell.level), None);
             }
         }
-        batch.finish(nonblocking).map_err(CannotSplit::Flush)?;
+        batch.finish(nonblocking).map_err(NotFlushed::from)?;
         Ok(Split::LookAgain)
     }
 
@@ -232,7 +245,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             // Hardware goes on: with the facts that came until now. What comes later is found by who makes up for the flush.
             let old = claim.publish(format, format.not_present(cell.level).absent);
             self.report_leaf(cell, old);
-            return Err(CannotSplit::Flush(error));
+            let absent = AddrRange::with_len(Gpa::new(cell.start), cell.span).ok();
+            return Err(CannotSplit::Flush(NotFlushed { source: error, absent }));
         }
         // Facts that came before the break belong to the children.
         for (index, child) in private.detached_node(cell.start).cells().enumerate() {

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use common::{BIG, Event, OUT, PAGE, Rig, flavours, large, range, small};
 use notifier_core::{Access, Change, Gpa, OpenError, Outcome, OutputAddr, ScopeWaitError};
-use spte_core::{CollapseError, FlushError, FlushFailed, MapError, RemoveError, SplitError};
+use spte_core::{CollapseError, FlushError, FlushFailed, MapError, RemoveError, Removed, SplitError};
 
 const FAILED: FlushFailed = FlushFailed::Hardware(FlushError::Failed { code: 5 });
 
@@ -33,7 +33,7 @@ fn what_was_removed_stays_removed_and_its_flush_is_inherited() {
         rig.map(0, BIG, &small()).unwrap();
         rig.pages.fail_flush_in(0);
         let failed = rig.table.unmap(range(0, PAGE)).unwrap_err();
-        assert_eq!(failed, RemoveError::Flush { at: Gpa::new(PAGE), source: FAILED });
+        assert_eq!(failed, RemoveError::Flush { at: Gpa::new(PAGE), source: FAILED, absent: None });
         assert_eq!(rig.leaves().len(), 3);
         rig.pages.take_events();
         // A window elsewhere, that finds nothing: it flushes everything.
@@ -105,6 +105,41 @@ fn a_partial_flush_does_not_settle_what_another_owes() {
     });
 }
 
+/// Who finds nothing left to take away has not been told that nothing is cached.
+#[test]
+fn what_another_call_took_away_is_flushed_before_this_one_returns() {
+    type Removal = (&'static str, fn(&Rig) -> Result<Removed, RemoveError>);
+    let removals: [Removal; 3] = [
+        ("unmap", |rig| rig.table.unmap(range(PAGE, PAGE))),
+        ("restrict", |rig| rig.table.restrict(range(PAGE, PAGE), Access::READ)),
+        ("arm", |rig| rig.table.arm(range(PAGE, PAGE))),
+    ];
+    each(|rig| {
+        for (name, removal) in removals {
+            rig.map(0, BIG, &small()).unwrap();
+            rig.pages.fail_flush_in(0);
+            removal(rig).unwrap_err();
+            rig.pages.take_events();
+            let again = removal(rig).unwrap();
+            assert_eq!(again.leaves, 0, "{}: {name}", rig.format.name);
+            let flushed = |event: &Event| match event {
+                Event::Flush { ranges, all, ok } => {
+                    *ok && (*all || ranges.iter().any(|flush| flush.range.covers(&range(PAGE, PAGE))))
+                }
+                _ => false,
+            };
+            assert!(rig.pages.take_events().iter().any(flushed), "{}: {name}", rig.format.name);
+            // Of what lies elsewhere nobody is told that it is settled.
+            rig.table.unmap(range(0, BIG)).unwrap();
+            rig.space.zap(range(2 * BIG, PAGE)).unwrap().close().unwrap();
+            rig.pages.take_events();
+            removal(rig).unwrap();
+            let flushed = |event: &Event| matches!(event, Event::Flush { .. });
+            assert!(!rig.pages.take_events().iter().any(flushed), "{}: {name}", rig.format.name);
+        }
+    });
+}
+
 #[test]
 fn windows_that_cannot_flush_do_not_open() {
     each(|rig| {
@@ -153,10 +188,18 @@ fn operations_that_break_first_say_what_is_gone() {
         if rig.format.breaks() {
             rig.pages.fail_flush_in(0);
             let failed = rig.table.split(range(0, BIG)).unwrap_err();
-            assert_eq!(failed, SplitError::Flush { at: Gpa::new(0), source: FAILED });
+            assert_eq!(failed, SplitError::Flush { at: Gpa::new(0), source: FAILED, absent: Some(range(0, BIG)) });
             assert_eq!(rig.leaves(), [], "{}", rig.format.name);
             assert_eq!(rig.was_reported(0), !rig.format.hardware);
             rig.verify_but_limbo();
+            // Also where the split was only on the way to something else.
+            rig.table.unmap(range(0, BIG)).unwrap();
+            rig.map(0, BIG, &large()).unwrap();
+            rig.pages.fail_flush_in(0);
+            let failed = rig.table.restrict(range(PAGE, PAGE), Access::READ).unwrap_err();
+            let absent = Some(range(0, BIG));
+            assert_eq!(failed, RemoveError::Flush { at: Gpa::new(PAGE), source: FAILED, absent });
+            assert_eq!(rig.leaves(), [], "{}", rig.format.name);
         }
         rig.table.unmap(range(0, BIG)).unwrap();
         rig.map(0, BIG, &small()).unwrap();
@@ -205,7 +248,7 @@ fn harvested_facts_are_in_the_error() {
         rig.map(0, PAGE, &small().dirty(true)).unwrap();
         rig.pages.fail_flush_in(0);
         let failed = rig.table.harvest_dirty(range(0, BIG)).unwrap_err();
-        let spte_core::HarvestError::Flush { dirty, source } = failed else { panic!("{failed:?}") };
+        let spte_core::HarvestError::Flush { dirty, source, absent: None } = failed else { panic!("{failed:?}") };
         assert_eq!((dirty, source), (vec![range(0, PAGE)], FAILED));
     });
 }
@@ -219,7 +262,7 @@ fn whoever_is_in_a_scope_gets_an_error_and_no_deadlock() {
         {
             let scope = walker.enter();
             let failed = rig.table.unmap(range(0, BIG)).unwrap_err();
-            assert_eq!(failed, RemoveError::Flush { at: Gpa::new(BIG), source: in_scope });
+            assert_eq!(failed, RemoveError::Flush { at: Gpa::new(BIG), source: in_scope, absent: None });
             rig.table.arm(range(BIG, BIG)).unwrap_err();
             assert!(matches!(rig.space.zap(range(0, BIG)), Err(OpenError::InScope { .. })));
             drop(scope);

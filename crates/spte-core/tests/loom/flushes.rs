@@ -123,6 +123,21 @@ fn repointed() {
     assert!(empty, "no_tlb_translates_to_the_old_page");
 }
 
+/// Two threads unmap a page, and one of them finds nothing left to remove.
+fn unmapped() {
+    let tlb = Tlb::filled();
+    let world = world_with(&tlb, Access::RW);
+    let gate = Gate::new();
+    let [first, second] = [(), ()].map(|()| {
+        let (world, tlb) = (Arc::clone(&world), tlb.clone());
+        gate.spawn(move || (world.table.unmap(pages(0, 1)).unwrap().leaves, tlb.is_empty()))
+    });
+    let (first, second) = (first.join().unwrap(), second.join().unwrap());
+    World::end(world);
+    saw(if first.0 == 1 { "the first removed it" } else { "the second removed it" });
+    assert!(first.1 && second.1, "no_tlb_translates_what_unmap_says_is_gone");
+}
+
 #[test]
 fn owed_flush_inherited() {
     Model { name: "owed_flush_inherited, Zapped", run: zapped, preemptions: None }
@@ -131,6 +146,9 @@ fn owed_flush_inherited() {
     Model { name: "owed_flush_inherited, Retained", run: retained, preemptions: None }
         .holds(&["the window found nothing", "the window took it"])
         .refuted_without(Twin::OwedForgotten, "no_tlb_writes_inside_a_retained_window");
+    Model { name: "owed_flush_inherited, unmap", run: unmapped, preemptions: None }
+        .holds(&["the first removed it", "the second removed it"])
+        .refuted_without(Twin::OwedForgotten, "no_tlb_translates_what_unmap_says_is_gone");
     Model { name: "owed_flush_inherited, change_pte", run: repointed, preemptions: None }
         .holds(&["absent", "changed"])
         .refuted_without(Twin::OwedForgotten, "no_tlb_translates_to_the_old_page");

@@ -409,7 +409,11 @@ impl<T: core::fmt::Debug> core::fmt::Debug for Loaded<T> {
 /// Without std (and under loom, and on request) each space has a collector of its own, and every pin registers a
 /// participant for itself; [`Reclaim::pin`] then allocates.
 #[derive(Debug, Clone)]
-pub struct Reclaim(Source);
+pub struct Reclaim {
+    source: Source,
+    /// Pieces that were retired here and are not freed yet. A figure: nothing is ordered by it, in models neither.
+    waiting: Arc<core::sync::atomic::AtomicUsize>,
+}
 
 #[derive(Debug, Clone)]
 enum Source {
@@ -437,7 +441,7 @@ enum Held {
 
 impl Pin {
     /// Runs `free` once nobody who was pinned before now is pinned any more.
-    pub fn retire(&self, free: impl FnOnce() + Send + 'static) {
+    fn retire(&self, free: impl FnOnce() + Send + 'static) {
         if broken(Twin::RetireFrees) {
             return free();
         }
@@ -450,13 +454,11 @@ impl Pin {
         }
     }
 
-    /// Lets garbage of this thread be collected soon.
-    pub fn flush(&self) {
-        match &self.0 {
-            Held::Epoch(guard) => guard.flush(),
-            #[cfg(loom)]
-            Held::Nothing | Held::Soonest(_) => {}
-        }
+    /// Gives what this thread has retired to all, and frees some of what may be freed.
+    #[cfg(not(loom))]
+    fn flush(&self) {
+        let Held::Epoch(guard) = &self.0;
+        guard.flush();
     }
 }
 
@@ -464,33 +466,74 @@ impl Reclaim {
     /// The collector that all share where there is one.
     pub fn shared() -> Self {
         #[cfg(all(feature = "std", not(loom)))]
-        return Self(Source::Shared);
+        return Self::of(Source::Shared);
         #[cfg(any(not(feature = "std"), loom))]
         return Self::private();
     }
 
     /// A collector of one's own: what it holds is freed, at the latest, with the last handle to it.
     pub fn private() -> Self {
-        Self(Source::Own(crossbeam_epoch::Collector::new()))
+        Self::of(Source::Own(crossbeam_epoch::Collector::new()))
     }
 
     /// For models that are about something else: what is retired is never freed, and pins cost nothing.
     #[cfg(loom)]
     pub fn never() -> Self {
-        Self(Source::Never)
+        Self::of(Source::Never)
     }
 
     /// For models of reclamation: what is retired is freed at the first moment at which an epoch could free it. (Epochs
     /// themselves are crossbeam's to check, and under loom their lists are most of the state there is.)
     #[cfg(loom)]
     pub fn soonest() -> Self {
-        Self(Source::Soonest(Arc::default()))
+        Self::of(Source::Soonest(Arc::default()))
+    }
+
+    fn of(source: Source) -> Self {
+        Self { source, waiting: Arc::default() }
+    }
+
+    /// Runs `free`, which frees so many pieces, once nobody who is pinned now is pinned any more.
+    pub fn retire(&self, pieces: usize, free: impl FnOnce() + Send + 'static) {
+        use core::sync::atomic::Ordering::Relaxed;
+        let waiting = Arc::clone(&self.waiting);
+        waiting.fetch_add(pieces, Relaxed);
+        let pin = self.pin();
+        pin.retire(move || {
+            free();
+            waiting.fetch_sub(pieces, Relaxed);
+        });
+        // Otherwise it would stay with this thread until that has retired many more, or ends.
+        #[cfg(not(loom))]
+        pin.flush();
+    }
+
+    /// Pieces that were retired here and are not freed yet.
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(core::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Frees what may be freed; how many pieces are left. Each step moves an epoch on at most, and frees a part: it ends where
+    /// many in a row have freed nothing of ours.
+    pub fn collect(&self) -> usize {
+        let mut left = self.waiting();
+        #[cfg(not(loom))]
+        {
+            let mut idle = 0;
+            while left != 0 && idle < 64 {
+                self.pin().flush();
+                let now = self.waiting();
+                idle = if now < left { 0 } else { idle + 1 };
+                left = now;
+            }
+        }
+        left
     }
 
     /// Pins the calling thread.
     #[inline]
     pub fn pin(&self) -> Pin {
-        match &self.0 {
+        match &self.source {
             #[cfg(all(feature = "std", not(loom)))]
             Source::Shared => Pin(Held::Epoch(crossbeam_epoch::pin())),
             Source::Own(collector) => Pin(Held::Epoch(collector.register().pin())),
@@ -503,7 +546,7 @@ impl Reclaim {
 
     /// Whether `pin` protects what this collector holds.
     pub fn guards(&self, pin: &Pin) -> bool {
-        match &self.0 {
+        match &self.source {
             #[cfg(all(feature = "std", not(loom)))]
             Source::Shared => true,
             Source::Own(collector) => match &pin.0 {

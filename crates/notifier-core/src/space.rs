@@ -331,8 +331,9 @@ impl SpaceBuilder {
         self
     }
 
-    /// Gives the space a collector of its own for the table pages of its tables, so that they are freed soon and, at
-    /// the latest, with the space. Pins are slower. For tests; and always so without std.
+    /// Gives the space a collector of its own for the table pages of its tables: no thread that is inside another space's table
+    /// keeps them from being freed, and they are, at the latest, with the space. Pins are slower, and allocate. Always so
+    /// without std.
     #[must_use]
     pub fn private_reclaim(mut self) -> Self {
         self.reclaim = Some(Reclaim::private());
@@ -536,6 +537,28 @@ impl Space {
     /// [`ScopeWaitError::InScope`] inside one's own scope, [`ScopeWaitError::WouldBlock`] with `nonblocking`.
     pub fn wait_for_scopes(&self, nonblocking: bool) -> Result<(), ScopeWaitError> {
         wait_for_scopes(&self.0, nonblocking)
+    }
+
+    /// Gives table pages that are no longer linked back to their source, as far as nobody can still be looking at them; how many
+    /// are left. A scope that was entered before a page was unlinked keeps it, and so does any operation that is under way; the
+    /// caller must not be inside a scope of its own.
+    ///
+    /// Nobody has to call this: operations that unlink pages collect those of earlier ones, and a table that goes takes all with
+    /// it. It is for a source that has few pages, or whose owner wants to count them.
+    pub fn collect(&self) -> usize {
+        self.0.reclaim.collect()
+    }
+
+    /// Table pages that are no longer linked, and not given back yet.
+    #[doc(hidden)]
+    pub fn waiting(&self) -> usize {
+        self.0.reclaim.waiting()
+    }
+
+    /// Runs `free`, which gives so many pages back, once nobody can be looking at them.
+    #[doc(hidden)]
+    pub fn retire(&self, pages: usize, free: impl FnOnce() + Send + 'static) {
+        self.0.reclaim.retire(pages, free);
     }
 
     /// Pins the calling thread: table pages that are reachable now stay in being.

@@ -290,9 +290,15 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
 
     /// A page of one's own, not linked anywhere.
     pub(crate) fn private(&self, level: Level) -> Result<Private<'_, F, P, X>, OutOfPages> {
-        let layout = self.layout(level);
-        let page = self.pages.alloc(layout, self.format.memory_of(self.format.not_present(level).absent))?;
-        Ok(Private { table: self, pages: alloc::vec![(page, level)] })
+        Ok(Private { table: self, pages: alloc::vec![(self.alloc(level)?, level)] })
+    }
+
+    /// A page for a table of `level`. Where there is none, pages that were unlinked may be free by now.
+    fn alloc(&self, level: Level) -> Result<OutputAddr, OutOfPages> {
+        let alloc =
+            || self.pages.alloc(self.layout(level), self.format.memory_of(self.format.not_present(level).absent));
+        let waiting = self.space.waiting();
+        alloc().or_else(|out| if self.space.collect() < waiting { alloc() } else { Err(out) })
     }
 
     // ---- flushing ----
@@ -322,7 +328,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         }
         let source = Arc::clone(&self.pages);
         let geometry = *self.geometry();
-        self.space.pin().retire(move || {
+        self.space.retire(pages.len(), move || {
             for Unlinked { page, level, .. } in pages {
                 // SAFETY: unlinked by this engine, which got it from this source with this layout; flushed; and everybody
                 // who was pinned when it was unlinked has unpinned.
@@ -357,7 +363,7 @@ impl<F: Format, P: PageSource, X: Flush> Drop for Table<F, P, X> {
             if index == geometry.entries(level) {
                 // SAFETY: nobody else has the table any more; its children are free already.
                 unsafe { self.pages.free(page, layout(&geometry, level)) };
-                let Some(up) = level.above().filter(|_| depth > 0) else { return };
+                let Some(up) = level.above().filter(|_| depth > 0) else { break };
                 level = up;
                 depth -= 1;
                 continue;
@@ -372,6 +378,8 @@ impl<F: Format, P: PageSource, X: Flush> Drop for Table<F, P, X> {
                 level = below;
             }
         }
+        // What was unlinked before.
+        self.space.collect();
     }
 }
 
@@ -408,8 +416,7 @@ impl<F: Format, P: PageSource, X: Flush> Private<'_, F, P, X> {
             return Err(FormatError::NoLeaf { number }.into());
         };
         let table = self.table;
-        let page =
-            table.pages.alloc(table.layout(below), table.format.memory_of(table.format.not_present(below).absent))?;
+        let page = table.alloc(below)?;
         self.pages.push((page, below));
         fill(&table.format, cell, table.format.table(cell.level, page)?);
         // SAFETY: as for `detached_node`.

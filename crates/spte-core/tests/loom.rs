@@ -21,17 +21,18 @@
 //! | `teardown_against_installer`, unmap | `unlink` with leaves; `Table::map` | `UnlinkLeavesChildren` | `nothing_is_published_into_an_unlinked_table` | 1 258 |
 //! | `teardown_against_installer`, trim | `unlink` if empty; `Table::map` | `UnlinkLeavesChildren` | `what_was_mapped_survives_a_trim` | 928 |
 //! | `reclamation_against_installer` | `unlink`, `Table::retire`; pins | `RetireFrees` | `no_table_page_is_used_after_it_was_freed` | 23 023 |
-//! | `owed_flush_inherited`, Zapped | `Batch`; `unmap`, opening | `OwedForgotten` | `no_tlb_translates_inside_a_zapped_window` | 3 231 |
-//! | `owed_flush_inherited`, Retained | `Batch`; `restrict`, opening | `OwedForgotten` | `no_tlb_writes_inside_a_retained_window` | 3 231 |
-//! | `owed_flush_inherited`, change_pte | `Batch`; `unmap`, `change_pte` | `OwedForgotten` | `no_tlb_translates_to_the_old_page` | 7 668 |
+//! | `owed_flush_inherited`, Zapped | `Batch`; `unmap`, opening | `OwedForgotten` | `no_tlb_translates_inside_a_zapped_window` | 11 748 |
+//! | `owed_flush_inherited`, Retained | `Batch`; `restrict`, opening | `OwedForgotten` | `no_tlb_writes_inside_a_retained_window` | 11 748 |
+//! | `owed_flush_inherited`, unmap | `Batch`; `unmap`, twice | `OwedForgotten` | `no_tlb_translates_what_unmap_says_is_gone` | 25 380 |
+//! | `owed_flush_inherited`, change_pte | `Batch`; `unmap`, `change_pte` | `OwedForgotten` | `no_tlb_translates_to_the_old_page` | 12 681 |
 //! | `refill_after_flush` | `unmap`; `Table::settle_refill`, `fill_absent` | `RefillUnflushed` | `no_tlb_holds_the_old_translation_beside_the_new_one` | 294 |
 //! | `scope_entry_against_flush`, Zapped and change_pte | `Walker::enter`, `translate`; `wait_for_scopes` | `ScopeFence`, `FlushSkipsScopes` | `no_scope_reads_a_released_page` | 252 each |
-//! | `collapse_against_window`, with a claim bit | `collapse_cell`; opening, `zap_range`, `split_cell` | `ZapSkipsClaim` | `nothing_is_mapped_inside_a_zapped_window` | 243 245 |
+//! | `collapse_against_window`, with a claim bit | `collapse_cell`; opening, `zap_range`, `split_cell` | `ZapSkipsClaim` | `nothing_is_mapped_inside_a_zapped_window` | 302 100 |
 //! | `collapse_against_window`, without | the same, and `collapse_broken` | `ZapSkipsClaim` | `nothing_is_mapped_inside_a_zapped_window` | 483 252 |
-//! | `collapse_against_walker`, with a claim bit and without | `collapse_cell`, `collapse_broken`; `translate` | `CollapseForgetsFacts` | `no_dirty_fact_is_lost_in_a_collapse` | 11 683, 6 395 |
+//! | `collapse_against_walker`, with a claim bit and without | `collapse_cell`, `collapse_broken`; `translate` | `CollapseForgetsFacts` | `no_dirty_fact_is_lost_in_a_collapse` | 79 454, 6 395 |
 //! | `dissolve_against_hardware` | `dissolve`, `zap_range`; hardware that records in another member | `DissolveForgetsFacts` | `no_write_through_a_set_is_lost` | 726 |
-//! | `dissolve_from_both_ends` | `dissolve`, twice | none: that it ends is what it says | | 20 622 |
-//! | `dissolve_against_unlinking` | `dissolve`; `unlink` with leaves | `SetWithoutGate` | `no_write_through_a_set_is_lost` | 204 581 |
+//! | `dissolve_from_both_ends` | `dissolve`, twice | none: that it ends is what it says | | 22 458 |
+//! | `dissolve_against_unlinking` | `dissolve`; `unlink` with leaves | `SetWithoutGate` | `no_write_through_a_set_is_lost` | 383 301 |
 //! | `fold_against_window` | `fold_set`; opening, `zap_range` | `ZapSkipsClaim` | `nothing_is_mapped_inside_a_zapped_window` | 9 214 |
 //!
 //! How a model here is kept from passing for nothing:

@@ -252,7 +252,7 @@ impl Shared {
         loop {
             // What failed flushes left in limbo goes with a flush that inherits.
             let _ = self.space.zap(gpas(0, 1)).map(|guard| guard.close());
-            self.space.pin().flush();
+            self.space.collect();
             let (live, linked) = (table.live_pages(), table.stats().tables);
             if live == linked {
                 return Ok(());
@@ -387,7 +387,7 @@ fn end(shared: Shared, subscription: Subscription, pages: &spte_core::HeapPages)
     // With a collector that all spaces share nobody is obliged to collect: pin until it has.
     let since = Instant::now();
     while pages.live() != 0 && !config.private_reclaim && since.elapsed() < Duration::from_secs(5) {
-        space.pin().flush();
+        space.collect();
         thread::yield_now();
     }
     drop(space);

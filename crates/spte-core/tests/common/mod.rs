@@ -136,15 +136,11 @@ impl Rig {
 
     /// Lets everything that may be freed be freed.
     pub(crate) fn collect(&self) {
-        // Each time a little is.
-        for _ in 0..16 {
-            self.space.pin().flush();
-        }
         for _ in 0..10_000 {
+            self.space.collect();
             if self.pages.live() == self.table.stats().tables {
                 return;
             }
-            self.space.pin().flush();
         }
     }
 

@@ -136,7 +136,7 @@ impl Rig {
 
     /// Lets everything that may be freed be freed.
     pub(crate) fn collect(&self) {
-        for _ in 0..10_000 {
+        for _ in 0..100 {
             self.space.collect();
             if self.pages.live() == self.table.stats().tables {
                 return;

@@ -347,7 +347,7 @@ impl<B: Bitmap> GuestRamBuilder<B> {
             .iter()
             .map(|region| SlotSpec { guest: region.guest, host: Some(region.host.start()), flags: self.flags })
             .collect();
-        let slots = self.space.replace_slots(&[], &specs)?;
+        self.space.replace_slots(&[], &specs)?;
         let state = State { layouts, claims: Vec::new(), next: 0, no_huge_pages: false };
         Ok(GuestRam {
             space: self.space,
@@ -356,7 +356,6 @@ impl<B: Bitmap> GuestRamBuilder<B> {
             budget,
             page,
             regions,
-            slots,
             state: Mutex::new(state),
             given_up: Condvar::new(),
         })
@@ -402,7 +401,6 @@ pub struct GuestRam<B: Bitmap = ()> {
     pub(crate) page: u64,
     /// Ascending by guest address, as vm-memory has them.
     pub(crate) regions: Vec<Region>,
-    slots: Vec<SlotId>,
     pub(crate) state: Mutex<State>,
     given_up: Condvar,
 }
@@ -458,9 +456,35 @@ impl<B: Bitmap> GuestRam<B> {
         &self.budget
     }
 
-    /// The slots of the regions, ascending by guest address.
-    pub fn slots(&self) -> &[SlotId] {
-        &self.slots
+    /// The slots of the regions as the space has them now, ascending by guest address: also those that have
+    /// [replaced](Space::replace_slots) the first ones over the same memory.
+    pub fn slots(&self) -> Vec<SlotId> {
+        self.own_slots().into_iter().map(|(id, _)| id).collect()
+    }
+
+    fn own_slots(&self) -> Vec<(SlotId, SlotSpec)> {
+        let own = |spec: &SlotSpec| {
+            let at = |region: &Region| region.host_of(region.span_of(spec.guest)).start();
+            self.regions.iter().any(|region| region.guest.covers(&spec.guest) && spec.host == Some(at(region)))
+        };
+        self.space.slots().into_iter().filter(|(_, spec)| own(spec)).collect()
+    }
+
+    /// Gives all slots of the regions these flags, in one step, as [`Space::replace_slots`] does: to switch dirty logging on or
+    /// off. Every table drops what it has of them.
+    ///
+    /// # Errors
+    /// [`SlotError`]: a lease on any of it refuses the change. (See there how to wait for leases first.)
+    pub fn set_slot_flags(&self, flags: SlotFlags) -> Result<(), SlotError> {
+        loop {
+            let (ids, specs): (Vec<_>, Vec<_>) =
+                self.own_slots().into_iter().map(|(id, spec)| (id, SlotSpec { flags, ..spec })).unzip();
+            match self.space.replace_slots(&ids, &specs) {
+                // Somebody has replaced one meanwhile.
+                Err(SlotError::NoSlot { .. }) => {}
+                done => return done.map(drop),
+            }
+        }
     }
 
     /// Bytes of a page of the host: ranges of operations are multiples of it.
@@ -609,10 +633,16 @@ impl<B: Bitmap> GuestRam<B> {
 
     /// Whether the pages of `ranges` are those of another slot too, which `window` does not cover.
     pub(crate) fn check_aliases(&self, window: GpaRange, ranges: &[GpaRange]) -> Result<(), RamError> {
-        for (slot, spec) in self.space.slots().iter().filter(|(id, _)| !self.slots.contains(id)) {
+        for (slot, spec) in &self.space.slots() {
             let Some(other) = host_of(spec) else { continue };
+            // Where a slot has the bytes of a region at the region's guest addresses, the window covers it.
+            let elsewhere = |region: &&Region| {
+                let offset =
+                    |guest: GpaRange, host: HvaRange| host.start().as_u64().wrapping_sub(guest.start().as_u64());
+                offset(spec.guest, other) != offset(region.guest, region.host)
+            };
             let hit = |range: &GpaRange| {
-                self.regions.iter().any(|region| {
+                self.regions.iter().filter(elsewhere).any(|region| {
                     let guest = region.guest.intersection(range);
                     guest.is_some_and(|guest| region.host_of(region.span_of(guest)).overlaps(&other))
                 })
@@ -712,20 +742,20 @@ impl<B: Bitmap> Drop for GuestRam<B> {
     fn drop(&mut self) {
         // Slots that could not be removed, or whose removal did not come to its end.
         let stuck = loop {
-            let there = self.space.slots();
-            let own = self.slots.iter().copied().filter(|id| there.iter().any(|(other, _)| other == id));
-            let own: Vec<SlotId> = own.collect();
-            match self.space.replace_slots(&own, &[]) {
+            let own = self.own_slots();
+            let ids: Vec<SlotId> = own.iter().map(|(id, _)| *id).collect();
+            match self.space.replace_slots(&ids, &[]) {
                 Ok(_) => break Vec::new(),
                 // Somebody has removed one meanwhile: there are fewer now.
                 Err(SlotError::NoSlot { .. }) => {}
                 Err(_) => break own,
             }
         };
-        let others: Vec<HvaRange> = self.space.slots().iter().filter_map(|(_, spec)| host_of(spec)).collect();
-        let regions = self.memory.iter().zip(&self.regions).zip(&self.slots);
-        for (((memory, region), slot), layout) in regions.zip(&self.state.get_mut().layouts) {
-            if stuck.contains(slot) || others.iter().any(|other| other.overlaps(&region.host)) {
+        let others = self.space.slots();
+        let used: Vec<HvaRange> = stuck.iter().chain(&others).filter_map(|(_, spec)| host_of(spec)).collect();
+        let regions = self.memory.iter().zip(&self.regions);
+        for ((memory, region), layout) in regions.zip(&self.state.get_mut().layouts) {
+            if used.iter().any(|used| used.overlaps(&region.host)) {
                 // Somebody may still translate to it. Memory that stays is better than memory that is somebody else's.
                 std::mem::forget(memory.get_mmap());
             } else {

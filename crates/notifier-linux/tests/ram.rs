@@ -719,11 +719,42 @@ fn only_what_another_slot_translates_to_stays_mapped() {
     let space = Space::new();
     let (ram, mapped) = two_regions(&space);
     let host = Some(ram.host_ranges(guest(0, 4))[0].start());
-    let own = SlotSpec { guest: guest(0, 4), host, flags: SlotFlags::READ_ONLY };
+    let alias = AddrRange::with_len(Gpa::new(1 << 40), 4 * PAGE).unwrap();
+    let own = SlotSpec { guest: alias, host, flags: SlotFlags::READ_ONLY };
     let slots = space.replace_slots(&ram.slots()[..1], &[own]).unwrap();
     drop(ram);
     assert_eq!(mapped(), [true, false]);
     assert_eq!(space.slots(), [(slots[0], own)]);
+}
+
+#[test]
+fn slots_that_replace_its_own_over_the_same_memory_are_its_own() {
+    let space = Space::new();
+    let (ram, mapped) = two_regions(&space);
+    let first = ram.slots();
+    ram.set_slot_flags(SlotFlags::LOG_DIRTY).unwrap();
+    assert!(space.slots().iter().all(|(id, spec)| spec.flags == SlotFlags::LOG_DIRTY && !first.contains(id)));
+    // By hand, and cut in two.
+    let second = ram.slots()[1];
+    let half = |page, len| {
+        let host = Some(ram.host_ranges(guest(page, len))[0].start());
+        SlotSpec { guest: guest(page, len), host, flags: SlotFlags::empty() }
+    };
+    space.replace_slots(&[second], &[half(8, 2), half(10, 2)]).unwrap();
+    assert_eq!(ram.slots().len(), 3);
+    for page in [1, 9, 11] {
+        let window = space.zap(guest(page, 1)).unwrap();
+        ram.within(&window).unwrap().discard(guest(page, 1)).unwrap();
+        window.close().unwrap();
+    }
+    // What is unplugged stays so.
+    let window = space.zap(guest(2, 1)).unwrap();
+    window.discard();
+    window.close().unwrap();
+    ram.set_slot_flags(SlotFlags::empty()).unwrap();
+    assert!(space.walker().fault(guest(2, 1)).is_err());
+    drop(ram);
+    assert_eq!((mapped(), space.slots()), ([false, false], vec![]));
 }
 
 /// Threads change the same pages in windows that overlap. What was the last word on a page is what both say.

@@ -201,7 +201,8 @@ impl Retry {
         inner.overlapping_window(&place)
     }
 
-    /// Waits until no window over the fault's range is open. Returns at once where none is.
+    /// Waits until no window over the fault's range is open. Returns at once where none is. Without std it spins, and a window
+    /// whose guard was dropped without a close is open until somebody calls [`Space::reap`](crate::Space::reap).
     ///
     /// Do not call this inside a scope of the same space: a window that is being opened waits for that scope.
     pub fn wait(&self) {
@@ -372,8 +373,8 @@ impl<'w> Fault<'w> {
         Ok(Resolved { fault: self, extents })
     }
 
-    /// For operations that need no lookup (raising rights, merging leaves): what [`Resolved::install`] is to a resolved
-    /// fault.
+    /// For operations that need no lookup (merging leaves, lowering rights): what [`Resolved::install`] is to a resolved
+    /// fault. A right that a leaf does not have is given only by a fault that was resolved.
     pub fn admit<R>(self, operation: impl FnOnce(&Admission<'_>) -> R) -> R {
         operation(&Admission { fault: &self, extents: &[] })
     }

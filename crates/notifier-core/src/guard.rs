@@ -288,7 +288,9 @@ impl<M: WindowMode, A: WindowAddress> InvalidationGuard<'_, M, A> {
 
 impl<A: WindowAddress> InvalidationGuard<'_, Zapped, A> {
     /// Marks the window's guest bytes as not populated (unplugged, ballooned out): faults on them are refused, and
-    /// joining subscribers are not told of them, until [`Space::populate`].
+    /// joining subscribers are not told of them, until [`Space::populate`](crate::Space::populate). Whether the bytes are given
+    /// back to the host is the caller's, as is telling the dirty log that they are empty
+    /// ([`Space::report_dirty`](crate::Space::report_dirty)).
     pub fn discard(&self) {
         self.inner.discard(A::key(self.range));
     }
@@ -470,8 +472,8 @@ impl<M: WindowMode, A: WindowAddress> Drop for InvalidationGuard<'_, M, A> {
 
 /// An [`InvalidationGuard`] that borrows nothing: for async code and for handing a window to another thread.
 ///
-/// Dropping it never blocks: the window is left to the space's reaper, which closes it soon. Close it where that is
-/// possible.
+/// Dropping it never blocks: the window is left to the space's reaper, which closes it soon; without std, to the next
+/// [`Space::reap`](crate::Space::reap). Close it where that is possible.
 #[must_use = "the window is closed by the reaper when its guard is dropped"]
 pub struct OwnedInvalidationGuard<M: WindowMode, A: WindowAddress = crate::Hva>(InvalidationGuard<'static, M, A>);
 

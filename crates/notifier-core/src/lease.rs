@@ -176,6 +176,9 @@ impl Leases {
 ///
 /// While it lives no window over its bytes opens, so what was translated in the scope stays good. Dropping it gives the
 /// bytes back. A lease that is leaked keeps its bytes for good.
+///
+/// No table hears of what its holder writes: the dirty fact of the translation may have been harvested before. Whoever writes
+/// under a lease calls [`Space::report_dirty`](crate::Space::report_dirty) after the last write, before it drops the lease.
 #[must_use = "dropping a lease gives the bytes back"]
 pub struct Lease {
     inner: Arc<Inner>,

@@ -44,7 +44,8 @@ impl Walker {
         Space::from_inner(Arc::clone(&self.inner))
     }
 
-    /// Enters a scope. Cheap: two stores and a fence on this walker's own line, and an epoch pin.
+    /// Enters a scope. Cheap: two stores and a fence on this walker's own line, and an epoch pin (which allocates where the space
+    /// has a [collector of its own](crate::SpaceBuilder::private_reclaim), as always without std).
     ///
     /// A scope that was leaked is ended by this.
     pub fn enter(&mut self) -> Scope<'_> {

@@ -286,7 +286,7 @@ impl Drop for Inner {
 pub struct Progress {
     /// Windows in progress.
     pub count: usize,
-    /// Windows finished since the space was made, modulo 2^64.
+    /// Windows finished since the space was made, modulo 2^64: also those that were refused when they had begun to open.
     pub sequence: u64,
 }
 
@@ -444,6 +444,9 @@ impl Space {
     /// Opens a window over `range` after which nobody translates it. Leases over it refuse it; see [`Space::window`]
     /// for more choice.
     ///
+    /// Windows say who may translate, not who may change the host: Zapped windows may overlap each other, and Retained ones.
+    /// Two threads that change the same host pages (a balloon and a merger) need a lock of their own.
+    ///
     /// # Errors
     /// See [`OpenError`].
     pub fn zap<A: WindowAddress>(&self, range: AddrRange<A>) -> Result<InvalidationGuard<'_, Zapped, A>, OpenError> {
@@ -485,8 +488,14 @@ impl Space {
         now.count != 0 || now.sequence != snapshot
     }
 
-    /// Tries to finish windows whose guards went away without finishing them; how many are left after that. With std a
-    /// thread does this by itself, and what it has in hand is not counted.
+    /// Tries to finish windows whose guards went away without finishing them, and to release subscribers that could not leave; how
+    /// many of both are left after that. With std a thread does this by itself, and what it has in hand is not counted.
+    ///
+    /// Without std nobody else does: call it from a loop that waits for nothing (an idle loop, a timer's thread), after owned
+    /// guards were dropped and after a close or a flush has failed. Until then such a window stays open, and whoever waits for it
+    /// waits ([`Retry::wait`](crate::Retry::wait)). It calls subscribers, and so flushes and waits for scopes: inside a scope or a
+    /// callback of this space it does nothing, and it is not for interrupt handlers (nothing of this crate is: they would wait
+    /// for locks of the thread they interrupt).
     pub fn reap(&self) -> usize {
         self.0.reap()
     }
@@ -595,7 +604,9 @@ impl Space {
         subscription::join(&self.0, interest, Box::new(subscriber))
     }
 
-    /// Hands a dirty fact to the sink.
+    /// Hands a dirty fact to the sink. Tables do this for what guests write through them. Whoever else changes guest memory does
+    /// it himself, after the change: a device that writes under a [`Lease`](crate::Lease), a host that empties a page
+    /// (a balloon, a discard), whatever writes through a mapping of its own.
     pub fn report_dirty(&self, range: GpaRange) {
         self.0.sink.dirty(range);
     }

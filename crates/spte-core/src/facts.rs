@@ -125,7 +125,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     /// in between is in this harvest or in the next.
     ///
     /// Flushes that others owe are inherited: what the sink was told before this began is not written any more, when it
-    /// returns, through the translations that were reported. So take what the sink has, harvest, then copy.
+    /// returns, through the translations that were reported. So take what the sink has, harvest, then copy. What is written
+    /// under a lease, or by the host, is no fact of any table: see
+    /// [`Space::report_dirty`](notifier_core::Space::report_dirty).
     ///
     /// # Errors
     /// See [`HarvestError`].

@@ -122,8 +122,10 @@ pub struct Mapped {
     pub made: u64,
     /// Leaves whose rights were raised, or that were made young.
     pub raised: u64,
-    /// Leaves that granted all of it already.
+    /// Leaves that are as they were: they granted already what they may.
     pub already: u64,
+    /// Of all these, leaves that [`Table::protect`] left with less than it was asked for, because no fault has resolved more.
+    pub withheld: u64,
 }
 
 /// Why something was not mapped or raised, or not to the end. What lies below the address given is done.
@@ -602,8 +604,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     }
 
     /// Sets the rights of every leaf in `range` to `access`, as far as may be: what a leaf did not have (granted or
-    /// armed) it gets only where the fault resolved it to the same output, with that right. Armed leaves stay armed.
-    /// Rights that go are flushed before this returns.
+    /// armed) it gets only where the fault resolved it to the same output, with that right; leaves that stay short of `access`
+    /// are counted ([`Mapped::withheld`]). Armed leaves stay armed. Rights that go are flushed before this returns, whoever took
+    /// them.
     ///
     /// # Errors
     /// See [`MapError`].
@@ -629,9 +632,11 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             let output = spec.output.wrapping_add(part.start().as_u64() - cell.start);
             let allowed = spec.access | resolved_access(admission, part, output);
             let target = access & allowed & admission.ceiling();
+            let withheld = u64::from(!target.contains(access));
             let new = format.with_access(cell.level, raw, target).map_err(|source| MapError::Format { at, source })?;
             if new == raw {
                 mapped.already += 1;
+                mapped.withheld += withheld;
                 cursor.pass(&cell);
                 continue;
             }
@@ -649,11 +654,12 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             }
             if self.publish_over(admission, &cell, raw, new, at, &mut batch)? {
                 mapped.raised += 1;
+                mapped.withheld += withheld;
                 cursor.pass(&cell);
             }
         }
         // One flush for all. (An error on the way flushes what was changed before it.)
-        batch.finish(false).map_err(|error| MapError::flush(range.end(), error))?;
+        batch.finish_over(range).map_err(|error| MapError::flush(range.end(), error))?;
         Ok(mapped)
     }
 

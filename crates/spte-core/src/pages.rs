@@ -38,6 +38,9 @@ pub struct OutOfPages {
 /// [`PageSource::entries`] and the guest's as [`PageSource::mirror`]: links and claims are then kept in the private one,
 /// and nothing the guest writes into its page is ever followed.
 ///
+/// Entries are [`Entry`], which is an `AtomicU64` in memory: a pointer to eight-byte words is cast to it. [`HeapPages`](crate::HeapPages)
+/// is one to begin with.
+///
 /// # Safety
 /// For every address that [`PageSource::alloc`] returned and [`PageSource::free`] has not been given back:
 /// [`PageSource::entries`] returns a pointer to `layout.entries()` initialised entries, aligned, the same at every call,

@@ -66,9 +66,9 @@ pub enum RemoveError {
 pub struct Removed {
     /// Leaves that were taken away or changed. (Where a whole table went, its leaves count one by one.)
     pub leaves: u64,
-    /// Those that were young.
+    /// Those that were taken away young. (Rights that go leave the accessed fact where it is.)
     pub young: u64,
-    /// Those that were dirty.
+    /// Those whose dirty fact went to the sink: taken away dirty, or left without writing in a format where that takes the fact.
     pub dirty: u64,
 }
 

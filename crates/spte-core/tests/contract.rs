@@ -535,7 +535,8 @@ fn protect_raises_only_what_was_resolved() {
         };
         rig.map(0, BIG, &large().access(Access::READ)).unwrap();
         // Nothing resolved: nothing raised, nothing split.
-        assert_eq!(protect(PAGE, vec![], Access::RW).unwrap().raised, 0);
+        let refused = protect(PAGE, vec![], Access::RW).unwrap();
+        assert_eq!((refused.raised, refused.already, refused.withheld), (0, 1, 1));
         // To another output: neither.
         assert_eq!(protect(PAGE, vec![extent(PAGE, OUT, PAGE, RWX)], Access::RW).unwrap().raised, 0);
         assert_eq!(rig.leaves().len(), 1);

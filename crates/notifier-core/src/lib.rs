@@ -51,7 +51,7 @@
 //! | fault in | [`Walker::fault`], [`Scope::fault`]; without a lookup [`Space::admit`] |
 //! | hold on | [`Scope::lease`], [`Space::lease`] |
 //! | know whether pages are used | [`Space::age`], [`Space::test_age`] |
-//! | log writes (migration, snapshots) | [`SpaceBuilder::dirty_sink`], [`SlotFlags::LOG_DIRTY`], [`Space::report_dirty`]; `examples/precopy.rs` |
+//! | log writes (migration, snapshots) | [`SpaceBuilder::dirty_sink`], [`SlotFlags::LOG_DIRTY`], [`Space::report_dirty`]; the tutorial `precopy` |
 //! | see what goes on | [`Space::progress`], [`Space::counters`] |
 //!
 //! # Example

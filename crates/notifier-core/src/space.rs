@@ -667,7 +667,7 @@ impl Space {
     }
 
     /// Removes some slots and adds others, in one step: faults see all of it or nothing. Windows may be open over any of
-    /// it, and stay what they are. Every table drops what it has of all these slots; a new flag ([`SlotFlags`]) is a slot
+    /// it, and stay what they are. Every table drops what it has of all these slots; a new flag ([`SlotFlags`](crate::SlotFlags)) is a slot
     /// replaced by itself. Bytes that are not populated stay so where a new slot has them at the host address that they had.
     ///
     /// A [lease](crate::Lease) on any of it refuses the change. Where devices hold leases most of the time, wait for them in a window of

@@ -348,16 +348,19 @@ pub trait Format: Send + Sync + 'static {
     /// The values at `level` of entries that hold nothing. They differ from level to level where walkers follow every entry
     /// of a directory without asking whether it is one, so that even nothing has to lead somewhere.
     fn not_present(&self, level: Level) -> NotPresent;
-    /// A software bit of *present* entries (links and leaves) that marks a claim; 0 where the format has none.
+    /// A software bit of *present* entries (links and leaves) that marks a claim; 0 where the format has none. It is part of no
+    /// address and none of hardware's bits. The engine sets and clears it; what changes one entry ([`Format::with_access`]
+    /// and its like) keeps it, and what makes new ones ([`Format::split`], [`Format::collapse`]) is never given it.
     fn claim_bit(&self) -> u64;
     /// The bits that hardware, or ageing, may write at any time into `raw` at `level`. Writing them does not change what they
-    /// are. A bit that is a fact in a leaf and part of the address in a link is none of a link's.
+    /// are. A bit that is a fact in a leaf and part of the address in a link is none of a link's. Of a value that holds nothing
+    /// they are the bits of [late facts](Format::late_facts), and none where there are no such.
     fn hardware_bits(&self, level: Level, raw: u64) -> u64;
 
     /// What `raw` is at `level`. [`Format::claim_bit`] is ignored: a claimed leaf is a leaf.
     fn kind(&self, level: Level, raw: u64) -> Kind;
 
-    /// A link at `level` to a table of the level below.
+    /// A link at `level` to a table of the level below. (`level` is never [`Level::LEAF`].)
     ///
     /// # Errors
     /// [`FormatError::Unaligned`] or [`FormatError::OutputTooWide`] for the table's address.
@@ -380,7 +383,8 @@ pub trait Format: Send + Sync + 'static {
     fn set_spte(&self, level: Level, old: u64, output: OutputAddr) -> Result<u64, FormatError>;
 
     /// The leaf with exactly these rights; everything else, the facts included, as it was. An armed leaf that keeps
-    /// `WRITE` stays armed.
+    /// `WRITE` stays armed. Rights that the format does not have are refused, not dropped: a device's table without `EXECUTE` is
+    /// mapped with [`MapOptions::access`](crate::MapOptions::access).
     ///
     /// # Errors
     /// [`FormatError::Access`] where the format cannot express them.
@@ -413,7 +417,8 @@ pub trait Format: Send + Sync + 'static {
     fn split(&self, level: Level, raw: u64, index: usize) -> u64;
 
     /// The leaf at `level` that stands for a whole table of leaves whose first is `child`, one level below; `None` where
-    /// the format has no such leaf. The facts are those of `child`; the engine adds the others'.
+    /// the format has no such leaf. The facts are those of `child`; the engine adds the others'. Leaves are merged where each is, but
+    /// for facts, bit by bit what [`Format::split`] makes of the result: where that is not exact nothing is ever merged.
     fn collapse(&self, level: Level, child: u64) -> Option<u64>;
 
     /// `into`, with the accessed and dirty facts of `from` added; both are leaves, of levels that may differ.
@@ -447,7 +452,8 @@ pub trait Format: Send + Sync + 'static {
         raw
     }
 
-    /// How the live entry `old` may become `new`, when what both translate to may differ.
+    /// How the live entry `old` may become `new`, when what both translate to may differ. Both are present: what is taken away
+    /// altogether is always flushed, and what was absent is made without asking.
     ///
     /// From a leaf to a link this is a split: every address translates the same before and after. Hardware whose
     /// invalidations are tagged with the size of a leaf has to have it flushed all the same, or a later flush of a

@@ -232,6 +232,9 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
     /// What is there already, with the same output and attributes, has its rights raised; special entries are
     /// replaced.
     ///
+    /// Processors may have something to do before the guest goes on (a barrier, the invalidation of a leaf whose rights rose): the
+    /// format's crate says what, as it does for [`Table::upgrade`].
+    ///
     /// # Errors
     /// See [`MapError`].
     pub fn map(&self, admission: &Admission<'_>, options: &MapOptions<F::Attrs>) -> Result<Mapped, MapError> {
@@ -605,8 +608,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
 
     /// Sets the rights of every leaf in `range` to `access`, as far as may be: what a leaf did not have (granted or
     /// armed) it gets only where the fault resolved it to the same output, with that right; leaves that stay short of `access`
-    /// are counted ([`Mapped::withheld`]). Armed leaves stay armed. Rights that go are flushed before this returns, whoever took
-    /// them.
+    /// are counted ([`Mapped::withheld`]). Armed leaves stay armed. Rights that this call takes are flushed before it returns
+    /// ([`Table::restrict`] answers for those that others took).
     ///
     /// # Errors
     /// See [`MapError`].
@@ -659,7 +662,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             }
         }
         // One flush for all. (An error on the way flushes what was changed before it.)
-        batch.finish_over(range).map_err(|error| MapError::flush(range.end(), error))?;
+        batch.finish(false).map_err(|error| MapError::flush(range.end(), error))?;
         Ok(mapped)
     }
 

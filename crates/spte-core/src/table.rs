@@ -188,6 +188,11 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         &self.pages
     }
 
+    /// Who carries flushes out: a place to tell it, after the table was made, where its root is.
+    pub fn flusher(&self) -> &X {
+        &self.flush
+    }
+
     /// Output address of the root page: what a register or a device is told.
     ///
     /// Whoever told it something takes that back, and sees walks end, before the table is dropped: dropping frees the root, and

@@ -353,8 +353,8 @@ pub trait Format: Send + Sync + 'static {
     /// and its like) keeps it, and what makes new ones ([`Format::split`], [`Format::collapse`]) is never given it.
     fn claim_bit(&self) -> u64;
     /// The bits that hardware, or ageing, may write at any time into `raw` at `level`. Writing them does not change what they
-    /// are. A bit that is a fact in a leaf and part of the address in a link is none of a link's. Of a value that holds nothing
-    /// they are the bits of [late facts](Format::late_facts), and none where there are no such.
+    /// are. A bit that is a fact in a leaf and part of the address in a link is none of a link's. In a value that holds nothing
+    /// they are where [late facts](Format::late_facts) may come; it stays what it is when they are set.
     fn hardware_bits(&self, level: Level, raw: u64) -> u64;
 
     /// What `raw` is at `level`. [`Format::claim_bit`] is ignored: a claimed leaf is a leaf.

@@ -9,7 +9,8 @@
 //!
 //! # Concepts
 //!
-//! - A [`Format`] says what an entry means and how one may become another; see [`format`](mod@format).
+//! - A [`Format`] says what an entry means and how one may become another; see [`format`](mod@format), and [`examine`] for tests of
+//!   one of your own.
 //! - A [`PageSource`] gives pages that hardware can walk; [`HeapPages`] is one for tables that only software walks.
 //! - A [`Flush`] carries out what caches in hardware must forget; `()` where there are none.
 //! - A [`Table`] puts the three together. It belongs to one [`Space`](notifier_core::Space), and follows its windows
@@ -170,6 +171,7 @@ extern crate alloc;
 mod batch;
 mod change;
 mod entry;
+pub mod examine;
 mod facts;
 mod flush;
 pub mod format;

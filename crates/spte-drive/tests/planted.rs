@@ -5,6 +5,7 @@ use notifier_core::{Access, OutputAddr};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
+use spte_core::examine::examine;
 use spte_core::format::{Format, FormatError, Kind, LeafSpec, Level, Transition, WriteProtect};
 use spte_drive::{DriveError, Driven, Why, Wrong, agree, agree_in_want};
 use spte_model::{MemType, Outcome, Shape};
@@ -141,6 +142,27 @@ fn found(fault: Fault) -> Option<Why> {
 #[test]
 fn a_format_without_a_fault_agrees() {
     assert!(found(Fault::None).is_none());
+}
+
+/// What contradicts itself is found without a table.
+#[test]
+fn examining_a_format_finds_what_it_can() {
+    let rule = |fault| examine(&broken(fault).format, EptAttrs::default()).map_err(|flaw| flaw.rule);
+    assert_eq!(rule(Fault::None), Ok(()));
+    for (fault, expected) in [
+        (Fault::MergesOneFact, "merge_facts adds the dirty fact"),
+        (Fault::SplitsInPlace, "a part leads to its part, with all rights"),
+        (Fault::KeepsRights, "with_access gives no other rights"),
+        (Fault::ArmsNothing, "what is write-protected is not written"),
+        (Fault::SetsReserved, "check takes what the format makes"),
+        (Fault::NeverAges, "make_old makes old"),
+    ] {
+        assert_eq!(rule(fault), Err(expected), "{fault:?}");
+    }
+    // How a leaf may change, and what it stands for, is not to be seen in it.
+    for fault in [Fault::NeverFlushes, Fault::CleansWithoutFlush, Fault::MixesTypes] {
+        assert_eq!(rule(fault), Ok(()), "{fault:?}");
+    }
 }
 
 #[test]

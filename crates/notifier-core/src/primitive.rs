@@ -493,19 +493,26 @@ impl Reclaim {
         Self { source, waiting: Arc::default() }
     }
 
-    /// Runs `free`, which frees so many pieces, once nobody who is pinned now is pinned any more.
+    /// Runs `free`, which frees so many pieces, once nobody who is pinned now is pinned any more. Until somebody
+    /// [hands it over](Reclaim::hand_over) it may stay with this thread. A panic of `free` goes no further.
     pub fn retire(&self, pieces: usize, free: impl FnOnce() + Send + 'static) {
         use core::sync::atomic::Ordering::Relaxed;
         let waiting = Arc::clone(&self.waiting);
         waiting.fetch_add(pieces, Relaxed);
-        let pin = self.pin();
-        pin.retire(move || {
-            free();
+        self.pin().retire(move || {
+            // Pieces that cannot be freed are no longer waited for.
+            let _ = caught(free);
             waiting.fetch_sub(pieces, Relaxed);
         });
-        // Otherwise it would stay with this thread until that has retired many more, or ends.
+    }
+
+    /// Gives what this thread has retired to all, if anything waits here, and frees some of what may be freed, whoever retired it:
+    /// for moments in which nothing is held that a `free` could wait for.
+    pub fn hand_over(&self) {
         #[cfg(not(loom))]
-        pin.flush();
+        if self.waiting() != 0 {
+            self.pin().flush();
+        }
     }
 
     /// Pieces that were retired here and are not freed yet.
@@ -513,21 +520,27 @@ impl Reclaim {
         self.waiting.load(core::sync::atomic::Ordering::Relaxed)
     }
 
-    /// Frees what may be freed; how many pieces are left. Each step moves an epoch on at most, and frees a part: it ends where
-    /// many in a row have freed nothing of ours.
+    /// Frees what may be freed, whoever retired it; how many pieces of ours are left. Each step moves an epoch on at most, and
+    /// frees a part: a few are taken in any case, and no more where many in a row have freed nothing of ours.
+    #[cfg(not(loom))]
     pub fn collect(&self) -> usize {
-        let mut left = self.waiting();
-        #[cfg(not(loom))]
-        {
-            let mut idle = 0;
-            while left != 0 && idle < 64 {
-                self.pin().flush();
-                let now = self.waiting();
-                idle = if now < left { 0 } else { idle + 1 };
-                left = now;
+        let (mut left, mut idle) = (self.waiting(), 0);
+        for step in 0..1024 {
+            if idle >= 64 || step >= 4 && left == 0 {
+                break;
             }
+            self.pin().flush();
+            let now = self.waiting();
+            idle = if now < left { 0 } else { idle + 1 };
+            left = now;
         }
         left
+    }
+
+    /// In models nothing is freed by asking for it.
+    #[cfg(loom)]
+    pub fn collect(&self) -> usize {
+        self.waiting()
     }
 
     /// Pins the calling thread.

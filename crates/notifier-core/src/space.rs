@@ -221,13 +221,14 @@ impl Inner {
         holes
     }
 
-    /// Removes some slots and adds others, inside windows over all of them. The caller holds `slot_changes`.
+    /// Removes some slots and adds others, inside windows over all of them; what was not populated of those that went. The caller
+    /// holds `slot_changes`.
     fn swap_slots(
         &self,
         old: &[Arc<Slot>],
         new: &[Arc<Slot>],
         holes: &[GpaRange],
-    ) -> Result<Option<CloseCause>, OpenError> {
+    ) -> Result<(Option<CloseCause>, Vec<GpaRange>), OpenError> {
         // A window over each range that changes. From the moment it is recorded no fault there is served; when it is open,
         // whatever was mapped through a removed slot is gone, and so is what was installed for want of memory (MMIO
         // markers) where a slot appears. Only then do the sets change.
@@ -253,9 +254,10 @@ impl Inner {
                 }
             }
         }
-        {
+        let had = {
             let _nobody_relies_on_slots = self.slots_stay.alone();
             let mut registry = self.registry.lock();
+            let had = old.iter().flat_map(|slot| registry.walked.holes.within(slot.guest())).collect();
             // What was unplugged of memory that goes on in another slot is unplugged still.
             let both = old.iter().flat_map(|old| new.iter().filter_map(|new| old.in_common(new)));
             let kept: Vec<GpaRange> = both.flat_map(|part| registry.walked.holes.within(part)).collect();
@@ -266,8 +268,9 @@ impl Inner {
             new.iter().for_each(|slot| registry.walked.insert(Arc::clone(slot)));
             holes.iter().chain(&kept).for_each(|&hole| registry.walked.holes.insert(hole));
             self.serve(registry.walked.clone());
-        }
-        Ok(finish_all(windows))
+            had
+        };
+        Ok((finish_all(windows), had))
     }
 }
 
@@ -549,25 +552,26 @@ impl Space {
     }
 
     /// Gives table pages that are no longer linked back to their source, as far as nobody can still be looking at them; how many
-    /// are left. A scope that was entered before a page was unlinked keeps it, and so does any operation that is under way; the
-    /// caller must not be inside a scope of its own.
+    /// are left. A scope that was entered before a page was unlinked keeps it, and so does any operation that is under way: of any
+    /// space of the process, unless this one has a [collector of its own](SpaceBuilder::private_reclaim). Inside a scope of
+    /// one's own little comes back.
     ///
-    /// Nobody has to call this: operations that unlink pages collect those of earlier ones, and a table that goes takes all with
-    /// it. It is for a source that has few pages, or whose owner wants to count them.
+    /// Nobody has to call this: operations that unlink pages collect those of earlier ones, and so do a table that goes and one that
+    /// finds its source empty. It is for whoever wants to count pages.
     pub fn collect(&self) -> usize {
         self.0.reclaim.collect()
-    }
-
-    /// Table pages that are no longer linked, and not given back yet.
-    #[doc(hidden)]
-    pub fn waiting(&self) -> usize {
-        self.0.reclaim.waiting()
     }
 
     /// Runs `free`, which gives so many pages back, once nobody can be looking at them.
     #[doc(hidden)]
     pub fn retire(&self, pages: usize, free: impl FnOnce() + Send + 'static) {
         self.0.reclaim.retire(pages, free);
+    }
+
+    /// Hands what was retired over, and frees some of what may be freed. The caller holds no claim.
+    #[doc(hidden)]
+    pub fn hand_over(&self) {
+        self.0.reclaim.hand_over();
     }
 
     /// Pins the calling thread: table pages that are reachable now stay in being.
@@ -668,7 +672,8 @@ impl Space {
 
     /// Removes some slots and adds others, in one step: faults see all of it or nothing. Windows may be open over any of
     /// it, and stay what they are. Every table drops what it has of all these slots; a new flag ([`SlotFlags`](crate::SlotFlags)) is a slot
-    /// replaced by itself. Bytes that are not populated stay so where a new slot has them at the host address that they had.
+    /// replaced by itself. Bytes that are not populated stay so where a new slot has them at the host address that they had (or at
+    /// none, as they had).
     ///
     /// A [lease](crate::Lease) on any of it refuses the change. Where devices hold leases most of the time, wait for them in a window of
     /// one's own, and replace the slots inside it:
@@ -716,11 +721,8 @@ impl Space {
             new.push(slot);
         }
 
-        let holes: Vec<GpaRange> = {
-            let registry = inner.registry.lock();
-            old.iter().flat_map(|slot| registry.walked.holes.within(slot.guest())).collect()
-        };
-        if let Some(cause) = inner.swap_slots(&old, &new, &[])? {
+        let (stuck, holes) = inner.swap_slots(&old, &new, &[])?;
+        if let Some(cause) = stuck {
             return Err(SlotError::Close(cause));
         }
         for slot in &new {
@@ -728,7 +730,7 @@ impl Space {
             if let Err((id, name, source)) = populated.try_for_each(|stretch| subscription::populate(inner, stretch)) {
                 // Nobody keeps what not everybody can have: the slots become what they were.
                 let back: Vec<_> = old.iter().map(|slot| slot.revived()).collect();
-                if let Some(cause) = inner.swap_slots(&new, &back, &holes)? {
+                if let (Some(cause), _) = inner.swap_slots(&new, &back, &holes)? {
                     return Err(SlotError::Close(cause));
                 }
                 for stretch in back.iter().flat_map(|slot| inner.slots.load().populated(slot)) {

@@ -457,7 +457,7 @@ impl<B: Bitmap> GuestRam<B> {
     }
 
     /// The slots of the regions as the space has them now, ascending by guest address: also those that have
-    /// [replaced](Space::replace_slots) the first ones over the same memory.
+    /// [replaced](Space::replace_slots) the first ones over the same memory. (A slot over more than one region is not among them.)
     pub fn slots(&self) -> Vec<SlotId> {
         self.own_slots().into_iter().map(|(id, _)| id).collect()
     }

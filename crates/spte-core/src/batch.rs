@@ -280,6 +280,10 @@ impl<'t, F: Format, P: PageSource, X: Flush> Batch<'t, F, P, X> {
         let owed = self.table.owed.open.load(Ordering::Acquire);
         if owed > usize::from(self.owes) && !broken(Twin::OwedForgotten) {
             let links = Level::LEAF.above().filter(|level| *level <= self.table.geometry().top());
+            if self.settle_nothing() {
+                // Nothing of ours: nobody is to inherit this.
+                return self.table.flush_now(&[FlushRange { range, leaves: Leaves::Any, links }], false, false);
+            }
             self.ranges.retain(|flush| !range.covers(&flush.range));
             self.add(range.start().as_u64(), range.len(), Leaves::Any, links);
         } else if self.settle_nothing() {

@@ -12,7 +12,8 @@
 //! # }
 //! ```
 //!
-//! It finds what contradicts itself. What the bits mean to hardware only hardware knows.
+//! It finds much of what contradicts itself: not everything (sets, and most of what [`Format::transition`] says, are not asked
+//! for). What the bits mean to hardware only hardware knows.
 
 use notifier_core::{Access, OutputAddr};
 
@@ -141,10 +142,10 @@ impl<F: Format> At<'_, F> {
             raw,
             "spec undoes leaf, and has no right that was not asked for",
         )?;
+        let asked = spec;
         let spec = &found;
         let granted = |raw, access| matches!(format.touch(level, raw, access), Touch::Allowed(_));
-        let armed = spec.armed && spec.access.writable();
-        let writes = spec.access.writable() && !armed;
+        let writes = spec.access.writable() && !asked.armed;
         self.holds(
             granted(raw, Access::WRITE) == writes || !spec.accessed,
             raw,
@@ -171,6 +172,18 @@ impl<F: Format> At<'_, F> {
             let may = how == WriteProtect::Arm && spec.access.writable();
             self.holds(may || back.is_none(), less, "only what is armed can be upgraded")?;
             self.holds(back.is_some() == may, less, "what was armed can be upgraded")?;
+            if let Some(back) = back {
+                self.holds(same(back), back, "an upgrade keeps the claim, and where the leaf leads")?;
+                self.holds(
+                    granted(format.make_young(level, back), Access::WRITE),
+                    back,
+                    "what was upgraded is written",
+                )?;
+            }
+            if granted(raw, Access::WRITE) {
+                let owes = format.transition(level, claimed, less).flush;
+                self.holds(owes, less, "to take writing away owes a flush")?;
+            }
         }
         for access in RIGHTS {
             if let Ok(new) = format.with_access(level, claimed, access) {
@@ -194,8 +207,14 @@ impl<F: Format> At<'_, F> {
         )?;
 
         // What change_pte makes of it.
-        if let Ok(moved) = format.set_spte(level, raw, spec.output) {
+        let others = [spec.output, OutputAddr::new(0), OutputAddr::new(format.geometry().span(level))];
+        for output in others {
+            let Ok(moved) = format.set_spte(level, raw, output) else { continue };
             self.holds(self.kind(moved) == Kind::Leaf, moved, "set_spte makes a leaf")?;
+            self.holds(format.spec(level, moved).output == output, moved, "set_spte leads to the new page")?;
+            self.holds(!format.is_dirty(level, moved), moved, "what was repointed is clean")?;
+            let young = format.is_young(level, moved) == format.is_young(level, raw);
+            self.holds(young, moved, "what was repointed is as young as it was")?;
             self.holds(!granted(moved, Access::WRITE), moved, "what was repointed is not written")?;
             self.holds(format.upgrade(level, moved).is_none(), moved, "what was repointed is not upgraded")?;
         }
@@ -211,11 +230,15 @@ impl<F: Format> At<'_, F> {
             let part = format.spec(below, child);
             let output = spec.output.wrapping_add(index as u64 * format.geometry().span(below));
             down.holds(
-                part.output == output && part.access.contains(spec.access),
+                part.output == output && part.access.contains(spec.access) && asked.access.contains(part.access),
                 child,
                 "a part leads to its part, with all rights",
             )?;
         }
+        let first = format.split(level, raw, 0);
+        let withheld = asked.armed && asked.access.writable();
+        let written = matches!(format.touch(below, first, Access::WRITE), Touch::Allowed(_));
+        down.holds(!(withheld && written), first, "parts of what is armed are armed")?;
         if let Some(whole) = format.collapse(level, format.split(level, raw, 0)) {
             for index in [0, 1, last] {
                 let child = format.split(level, raw, index);

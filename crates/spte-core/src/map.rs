@@ -191,7 +191,7 @@ pub enum MapError {
         at: Gpa,
         /// What failed.
         source: FlushFailed,
-        /// What had to be taken away first, to be split or dissolved, and is untranslated now.
+        /// What had to be taken away first, and is untranslated now.
         absent: Option<GpaRange>,
     },
 }
@@ -596,7 +596,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             // With the facts that came until now.
             let old = claim.publish(format, format.not_present(cell.level).absent);
             self.report_leaf(cell, old);
-            return Err(MapError::flush(at, source));
+            return Err(MapError::flush(at, NotFlushed { source, absent: Some(span) }));
         }
         if let Err(refused) = self.admitted(admission, span) {
             claim.give_back(format);

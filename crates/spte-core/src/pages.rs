@@ -53,8 +53,9 @@ pub unsafe trait PageSource: Send + Sync + 'static {
     /// [`OutOfPages`]; nothing was taken.
     fn alloc(&self, layout: TableLayout, fill: u64) -> Result<OutputAddr, OutOfPages>;
 
-    /// Takes a page back. The engine calls this once, after the flush and the grace period, from any thread; or at once
-    /// for a page that was never linked.
+    /// Takes a page back. The engine calls this once, after the flush and the grace period, from any thread and inside any operation
+    /// on any table of the process; or at once for a page that was never linked. So it must not wait for a lock that somebody
+    /// holds around such operations.
     ///
     /// # Safety
     /// `page` came from [`PageSource::alloc`] with this layout, is not yet free, and nobody uses it any more.

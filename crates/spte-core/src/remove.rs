@@ -24,8 +24,8 @@ pub enum RemoveError {
     /// The range does not fit the table. Nothing was done.
     #[error(transparent)]
     Range(#[from] TableRangeError),
-    /// A leaf that lies only partly in the range had to be split, and there was no page. Everything below `at` is done,
-    /// and flushed; the leaf there is as it was.
+    /// A leaf that lies only partly in the range had to be split, and there was no page. Everything below `at` is done (and
+    /// flushed, or its flush stays owed); the leaf there is as it was.
     #[error("done up to {at}: {source}")]
     OutOfPages {
         /// Where it stopped.
@@ -34,7 +34,7 @@ pub enum RemoveError {
         source: OutOfPages,
     },
     /// A leaf that lies only partly in the range cannot be split: the format has no leaves of the next smaller size.
-    /// Everything below `at` is done, and flushed.
+    /// Everything below `at` is done, and flushed, or its flush stays owed.
     #[error("done up to {at}: the format has no smaller leaf to split into")]
     CannotSplit {
         /// Where it stopped.
@@ -98,6 +98,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         let mut batch = Batch::new(self);
         let removed = self.zap_range(range, Partly::Fail, &mut batch)?;
         self.finish_removal(range, batch)?;
+        self.space.hand_over();
         Ok(removed)
     }
 

@@ -297,6 +297,7 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             level = above;
         }
         batch.finish(false)?;
+        self.space.hand_over();
         Ok(count)
     }
 

@@ -48,7 +48,11 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
             self.zap_range(range, Partly::Whole { nonblocking: coverage.nonblocking() }, &mut batch)
                 .map_err(|e| removal(e, coverage.nonblocking()))?;
         }
-        batch.finish_inheriting(coverage.nonblocking()).map_err(|error| refused(error, coverage.nonblocking()))
+        batch.finish_inheriting(coverage.nonblocking()).map_err(|error| refused(error, coverage.nonblocking()))?;
+        if !coverage.nonblocking() {
+            self.space.hand_over();
+        }
+        Ok(())
     }
 
     fn retain_all(&self, coverage: &Coverage<'_>) -> Result<(), SubscriberError> {

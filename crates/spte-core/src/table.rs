@@ -298,12 +298,15 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
         Ok(Private { table: self, pages: alloc::vec![(self.alloc(level)?, level)] })
     }
 
-    /// A page for a table of `level`. Where there is none, pages that were unlinked may be free by now.
+    /// A page for a table of `level`. Where there is none, pages that were unlinked, here or elsewhere, may come back by asking.
+    /// No claim is held.
     fn alloc(&self, level: Level) -> Result<OutputAddr, OutOfPages> {
         let alloc =
             || self.pages.alloc(self.layout(level), self.format.memory_of(self.format.not_present(level).absent));
-        let waiting = self.space.waiting();
-        alloc().or_else(|out| if self.space.collect() < waiting { alloc() } else { Err(out) })
+        alloc().or_else(|_| {
+            self.space.collect();
+            alloc()
+        })
     }
 
     // ---- flushing ----

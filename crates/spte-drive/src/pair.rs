@@ -369,8 +369,8 @@ pub fn agree<F: Format>(driven: Driven<F>, ops: &[Op]) -> Result<(), Disagreemen
     pair.compare().map_err(|why| Disagreement { index: ops.len() - 1, op: *last, why: Box::new(why) })
 }
 
-/// As [`agree`], in want of pages: before an operation with `Some((after, calls))`, [`ScarcePages::run_out`] is told so. When
-/// the operation is over there are pages again, and one that found none is put again, which has to work. How many found
+/// As [`agree`], in want of pages: before an operation with `Some((after, pages))`, [`ScarcePages::run_out`] is told so (of twice
+/// as many calls: the engine asks for a page that it does not get once more). When the operation is over there are pages again, and one that found none is put again, which has to work. How many found
 /// none.
 ///
 /// # Errors
@@ -380,8 +380,8 @@ pub fn agree_in_want<F: Format>(driven: Driven<F>, ops: &[(Op, Option<(u64, u64)
     let mut pair = Pair::new(driven).map_err(|error| before(error.into()))?;
     let mut found_none = 0;
     for (op, want) in ops {
-        if let Some((after, calls)) = *want {
-            pair.driver.pages().run_out(after, calls);
+        if let Some((after, pages)) = *want {
+            pair.driver.pages().run_out(after, pages.saturating_mul(2));
         }
         let step = pair.step(op)?;
         pair.driver.pages().recover();

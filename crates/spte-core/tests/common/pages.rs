@@ -157,7 +157,9 @@ impl Recorder {
 unsafe impl PageSource for Recorder {
     fn alloc(&self, layout: TableLayout, fill: u64) -> Result<OutputAddr, OutOfPages> {
         let call = self.allocs.fetch_add(1, Ordering::SeqCst);
-        if call == self.fail_alloc.load(Ordering::SeqCst) {
+        // And where the engine asks once more.
+        let fail = self.fail_alloc.load(Ordering::SeqCst);
+        if call == fail || Some(call) == fail.checked_add(1) {
             return Err(OutOfPages { bytes: layout.bytes });
         }
         let own = allocate(layout.bytes, fill);

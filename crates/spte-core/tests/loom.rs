@@ -21,9 +21,9 @@
 //! | `teardown_against_installer`, unmap | `unlink` with leaves; `Table::map` | `UnlinkLeavesChildren` | `nothing_is_published_into_an_unlinked_table` | 1 258 |
 //! | `teardown_against_installer`, trim | `unlink` if empty; `Table::map` | `UnlinkLeavesChildren` | `what_was_mapped_survives_a_trim` | 928 |
 //! | `reclamation_against_installer` | `unlink`, `Table::retire`; pins | `RetireFrees` | `no_table_page_is_used_after_it_was_freed` | 23 023 |
-//! | `owed_flush_inherited`, Zapped | `Batch`; `unmap`, opening | `OwedForgotten` | `no_tlb_translates_inside_a_zapped_window` | 11 748 |
-//! | `owed_flush_inherited`, Retained | `Batch`; `restrict`, opening | `OwedForgotten` | `no_tlb_writes_inside_a_retained_window` | 11 748 |
-//! | `owed_flush_inherited`, unmap | `Batch`; `unmap`, twice | `OwedForgotten` | `no_tlb_translates_what_unmap_says_is_gone` | 25 380 |
+//! | `owed_flush_inherited`, Zapped | `Batch`; `unmap`, opening | `OwedForgotten` | `no_tlb_translates_inside_a_zapped_window` | 11 643 |
+//! | `owed_flush_inherited`, Retained | `Batch`; `restrict`, opening | `OwedForgotten` | `no_tlb_writes_inside_a_retained_window` | 11 643 |
+//! | `owed_flush_inherited`, unmap | `Batch`; `unmap`, twice | `OwedForgotten` | `no_tlb_translates_what_unmap_says_is_gone` | 24 498 |
 //! | `owed_flush_inherited`, change_pte | `Batch`; `unmap`, `change_pte` | `OwedForgotten` | `no_tlb_translates_to_the_old_page` | 12 681 |
 //! | `refill_after_flush` | `unmap`; `Table::settle_refill`, `fill_absent` | `RefillUnflushed` | `no_tlb_holds_the_old_translation_beside_the_new_one` | 294 |
 //! | `scope_entry_against_flush`, Zapped and change_pte | `Walker::enter`, `translate`; `wait_for_scopes` | `ScopeFence`, `FlushSkipsScopes` | `no_scope_reads_a_released_page` | 252 each |

@@ -516,7 +516,7 @@ impl Reclaim {
     }
 
     /// Pieces that were retired here and are not freed yet.
-    pub fn waiting(&self) -> usize {
+    fn waiting(&self) -> usize {
         self.waiting.load(core::sync::atomic::Ordering::Relaxed)
     }
 

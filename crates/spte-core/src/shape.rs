@@ -423,6 +423,8 @@ impl<F: Format, P: PageSource, X: Flush> Table<F, P, X> {
                 cursor.pass(&cell);
             }
         }
+        drop(pin);
+        self.space.hand_over();
         Ok(count)
     }
 
